@@ -1,0 +1,127 @@
+"""Multi-head latent attention in its absorbed form, and the lightning indexer: projections, rope, and the kernels' call.
+
+Weights keep Hugging Face's names and [out, in] layout; ``kv_b_proj`` is split by head into its key and value halves.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+from .config import Config
+
+
+class Attention(nnx.Module):
+    """MLA weights of ``n`` stacked layers, with the two norms of their decoder layer."""
+
+    def __init__(self, c: Config, n: int, init):
+        H, N, R, V = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        D, Q, C = c.hidden_size, c.q_lora_rank, c.kv_lora_rank
+        self.input_layernorm = init.ones((n, D), (None, None))
+        self.post_attention_layernorm = init.ones((n, D), (None, None))
+        self.q_a_proj = init.normal((n, Q, D), (None, None, "embed"))
+        self.q_a_layernorm = init.ones((n, Q), (None, None))
+        self.q_b_proj = init.normal((n, H * (N + R), Q), (None, "heads", None))
+        self.kv_a_proj_with_mqa = init.normal((n, C + R, D), (None, None, "embed"))
+        self.kv_a_layernorm = init.ones((n, C), (None, None))
+        self.k_b_proj = init.normal((n, H, N, C), (None, "heads", None, None))
+        self.v_b_proj = init.normal((n, H, V, C), (None, "heads", None, None))
+        self.o_proj = init.normal((n, D, H * V), (None, "embed", "heads"))
+
+
+class Indexer(nnx.Module):
+    """Lightning-indexer weights of ``n`` stacked full layers; the key norm is float32."""
+
+    def __init__(self, c: Config, n: int, init):
+        D, Q, I, J = c.hidden_size, c.q_lora_rank, c.index_n_heads, c.index_head_dim
+        self.wq_b = init.normal((n, I * J, Q), (None, None, None))
+        self.wk = init.normal((n, J, D), (None, None, "embed"))
+        self.k_norm_weight = init.ones((n, J), (None, None), jnp.float32)
+        self.k_norm_bias = init.zeros((n, J), (None, None), jnp.float32)
+        self.weights_proj = init.normal((n, I, D), (None, None, "embed"))
+
+
+def rms_norm(x, weight, eps: float):
+    """x / rms(x) · weight over the last axis: statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * weight
+
+
+def layer_norm(x, weight, bias, eps: float = 1e-6):
+    """LayerNorm over the last axis, float32 throughout."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight + bias
+
+
+def linear(x, weight):
+    """x [..., in] times weight [out, in]."""
+    return jnp.einsum("...d,fd->...f", x, weight)
+
+
+def rope_tables(c: Config, positions_BS):
+    """cos and sin, float32 [B, S, R/2], at absolute positions (padding's -1 counts as 0)."""
+    angles = jnp.maximum(positions_BS, 0)[..., None].astype(jnp.float32) * c.rope.inv_freq(c.qk_rope_head_dim)
+    return jnp.cos(angles) * c.rope.attention_factor, jnp.sin(angles) * c.rope.attention_factor
+
+
+def rope(x, tables, interleave: bool):
+    """Rotate the last axis of x [B, S, ..., R] in float32; pairs are neighbours (interleave) or half an axis apart."""
+    cos, sin = (t.reshape(*t.shape[:2], *(1,) * (x.ndim - 3), t.shape[-1]) for t in tables)
+    x32 = x.astype(jnp.float32)
+    a, b = (x32[..., 0::2], x32[..., 1::2]) if interleave else jnp.split(x32, 2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    out = jnp.stack([a, b], -1).reshape(x.shape) if interleave else jnp.concatenate([a, b], -1)
+    return out.astype(x.dtype)
+
+
+def project(c: Config, p, h_BSD, tables):
+    """(normed query latent [B,S,Q], absorbed queries [B,S,H,U], latent cache rows [B,S,U]) of one layer."""
+    B, S, _ = h_BSD.shape
+    N, C = c.qk_nope_head_dim, c.kv_lora_rank
+    with jax.named_scope("q_proj"):
+        qa_BSQ = rms_norm(linear(h_BSD, p["q_a_proj"]), p["q_a_layernorm"], 1e-6)
+        q = linear(qa_BSQ, p["q_b_proj"]).reshape(B, S, c.num_attention_heads, -1)
+        q_latent = jnp.einsum("bshn,hnc->bshc", q[..., :N], p["k_b_proj"])
+        q_BSHU = jnp.concatenate([q_latent, rope(q[..., N:], tables, c.rope_interleave)], -1)
+    with jax.named_scope("kv_proj"):
+        kv = linear(h_BSD, p["kv_a_proj_with_mqa"])
+        latent = rms_norm(kv[..., :C], p["kv_a_layernorm"], 1e-6)
+        latent_BSU = jnp.concatenate([latent, rope(kv[..., C:], tables, c.rope_interleave)], -1)
+    return qa_BSQ, q_BSHU, latent_BSU
+
+
+def output(p, o_BSHC):
+    """Value up-projection and output projection of attention results in the latent space: [B,S,D]."""
+    with jax.named_scope("o_proj"):
+        o = jnp.einsum("bshc,hvc->bshv", o_BSHC, p["v_b_proj"])
+        return linear(o.reshape(*o.shape[:2], -1), p["o_proj"])
+
+
+def index_queries(c: Config, p, h_BSD, qa_BSQ, tables):
+    """Indexer queries [B,S,I,J] and float32 head weights [B,S,I], with I^-1/2 · J^-1/2 folded into the weights."""
+    B, S, _ = h_BSD.shape
+    q = linear(qa_BSQ, p["wq_b"]).reshape(B, S, c.index_n_heads, c.index_head_dim)
+    R = c.qk_rope_head_dim
+    q_BSIJ = jnp.concatenate([rope(q[..., :R], tables, c.indexer_rope_interleave), q[..., R:]], -1)
+    w_BSI = jnp.einsum("bsd,id->bsi", h_BSD, p["weights_proj"], preferred_element_type=jnp.float32)
+    return q_BSIJ, w_BSI * (c.index_n_heads * c.index_head_dim) ** -0.5
+
+
+def index_keys(c: Config, p, h_BSD, tables):
+    """Indexer keys [B,S,J] in h's dtype."""
+    k = layer_norm(linear(h_BSD, p["wk"]), p["k_norm_weight"], p["k_norm_bias"]).astype(h_BSD.dtype)
+    R = c.qk_rope_head_dim
+    return jnp.concatenate([rope(k[..., :R], tables, c.indexer_rope_interleave), k[..., R:]], -1)
+
+
+def quantize_e4m3(x):
+    """(float8_e4m3fn values, float32 scales without the last axis) with x ≈ values · scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(-1), 1e-12) / 448.0
+    return (x / scale[..., None]).astype(jnp.float8_e4m3fn), scale
+
+

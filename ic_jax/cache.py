@@ -1,0 +1,76 @@
+"""The caches: a latent pool for every layer, an index-key pool for full layers only, and a page table over both.
+
+A pool is ``[layers or slots, rows, width]``; the page table maps position ``t`` of sequence ``b`` to row
+``page_table[b, t // page_size] * page_size + t % page_size``. A contiguous cache is the table that counts upwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from .config import Config
+
+PAGE_SIZE = 256
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["latent_LMU", "index_keys_GMJ", "index_scales_GM", "page_table_BP"],
+    meta_fields=["page_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Device state of a batch of sequences; updated functionally, donated to every step.
+
+    latent_LMU: latent and rope key of every layer. index_keys_GMJ: one slot for each full layer; bf16/float32, or
+    float8_e4m3fn with index_scales_GM. page_table_BP: int32 physical page of each logical page.
+    """
+
+    latent_LMU: jax.Array
+    index_keys_GMJ: jax.Array
+    index_scales_GM: jax.Array | None
+    page_table_BP: jax.Array
+    page_size: int = PAGE_SIZE
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a sequence can hold."""
+        return self.page_table_BP.shape[1] * self.page_size
+
+    def replace(self, **changes) -> Cache:
+        return dataclasses.replace(self, **changes)
+
+
+def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
+    return -(-tokens // page_size)
+
+
+def allocate(
+    config: Config, slots: int, batch: int, context: int, *, dtype=jnp.bfloat16, index_dtype=None, page_size=PAGE_SIZE
+) -> Cache:
+    """A zeroed contiguous Cache for ``batch`` sequences of ``context`` tokens and ``slots`` full layers.
+
+    ``index_dtype`` is the dtype of the index keys (``dtype`` by default); float8_e4m3fn adds a scale a token.
+    """
+    pages = pages_for(context, page_size)
+    rows = batch * pages * page_size
+    index_dtype = jnp.dtype(index_dtype or dtype)
+    return Cache(
+        latent_LMU=jnp.zeros((config.num_hidden_layers, rows, config.latent_dim), dtype),
+        index_keys_GMJ=jnp.zeros((slots, rows, config.index_head_dim), index_dtype),
+        index_scales_GM=jnp.ones((slots, rows), jnp.float32) if index_dtype.itemsize == 1 else None,
+        page_table_BP=jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages),
+        page_size=page_size,
+    )
+
+
+def bytes_per_token(config: Config, slots: int, dtype=jnp.bfloat16, index_dtype=None) -> int:
+    """Cache bytes one token takes over all layers."""
+    index_dtype = jnp.dtype(index_dtype or dtype)
+    latent = config.num_hidden_layers * config.latent_dim * jnp.dtype(dtype).itemsize
+    scale = 4 if index_dtype.itemsize == 1 else 0
+    return latent + slots * (config.index_head_dim * index_dtype.itemsize + scale)

@@ -1,0 +1,212 @@
+"""The model on one page: embed -> scan over layers with the IndexPlan in the carry -> logits.
+
+``forward`` is a pure function of arrays. A full (F) layer writes its index keys and selects; a shared (S) layer leaves
+the plan as it found it: no indexer work, weights or memory. The pattern is ``slots``, one entry a layer (see
+``Pattern.slots``): a tuple compiles it in, an int32 array makes it data, so that one program serves every pattern.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from pallas_kernels import dense_mla, index_topk, physical_rows, sparse_mla
+
+from . import attention, moe
+from .attention import rms_norm
+from .cache import Cache
+from .config import Config
+
+
+class Initializer:
+    """Makes nnx.Params that carry their logical axes: normal (std 0.02), ones or zeros."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype):
+        self.rngs, self.dtype = rngs, dtype
+
+    def normal(self, shape, axes):
+        value = jax.random.normal(self.rngs.params(), shape, self.dtype) * jnp.asarray(0.02, self.dtype)
+        return nnx.Param(value, logical_axes=axes)
+
+    def ones(self, shape, axes, dtype=None):
+        return nnx.Param(jnp.ones(shape, dtype or self.dtype), logical_axes=axes)
+
+    def zeros(self, shape, axes, dtype=None):
+        return nnx.Param(jnp.zeros(shape, dtype or self.dtype), logical_axes=axes)
+
+
+class Transformer(nnx.Module):
+    """Parameters of a DSA transformer, stacked by kind; ``slots`` is the number of indexers held."""
+
+    def __init__(self, c: Config, slots: int, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+        init = Initializer(rngs, dtype)
+        dense = c.mlp_layer_types.count("dense")
+        sparse = c.num_hidden_layers - dense
+        self.embed_tokens = init.normal((c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        self.norm = init.ones((c.hidden_size,), (None,))
+        self.lm_head = init.normal((c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        self.layers = attention.Attention(c, c.num_hidden_layers, init)
+        if c.has_indexer and slots:
+            self.indexer = attention.Indexer(c, slots, init)
+        if dense:
+            self.dense = moe.Mlp(c, dense, c.intermediate_size, init)
+        if sparse:
+            self.experts = moe.Experts(c, sparse, init)
+
+
+def abstract_params(c: Config, slots: int, dtype=jnp.bfloat16) -> tuple[dict, dict]:
+    """(ShapeDtypeStructs, logical axes): two nested dicts of the same keys; nothing is allocated."""
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(c, slots, nnx.Rngs(0), dtype)), nnx.Param)
+    is_param = lambda v: isinstance(v, nnx.Variable)
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype), state, is_leaf=is_param)
+    axes = jax.tree.map(lambda v: tuple(v.get_metadata()["logical_axes"]), state, is_leaf=is_param)
+    return nnx.to_pure_dict(shapes), nnx.to_pure_dict(axes)
+
+
+def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16) -> dict:
+    """Random parameters, made on the default device."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(c, slots, nnx.Rngs(seed), dtype), nnx.Param)))()
+
+
+class IndexPlan(NamedTuple):
+    """What an F layer computes once and every S layer behind it reuses.
+
+    positions_BSK: selected positions, ascending, -1 padded. count_BS: how many. rows_BSK: their physical cache rows.
+    """
+
+    positions_BSK: jax.Array
+    count_BS: jax.Array
+    rows_BSK: jax.Array
+
+
+class Output(NamedTuple):
+    """logits: float32 [B,W] of each sequence's last token, or [B,S,W]. selections_LBSK: see ``forward``."""
+
+    logits: jax.Array
+    cache: Cache
+    selections_LBSK: jax.Array | None = None
+
+
+def forward(
+    params: dict,
+    c: Config,
+    slots,
+    ids_BS,
+    positions_BS,
+    cache: Cache,
+    *,
+    all_logits: bool = False,
+    dense: bool = False,
+    implementation: str = "auto",
+    keep_selections: bool = False,
+) -> Output:
+    """Run the tokens of this call through every layer, reading and extending the caches.
+
+    Args:
+      slots: the pattern (see the module's docstring); ignored when ``dense``.
+      ids_BS: int32 token ids. positions_BS: int32 absolute positions, ascending along S; -1 marks padding.
+      cache: holds every earlier token of the sequences; donate it.
+      all_logits: logits of every token, else of each sequence's last one.
+      dense: attend to every token and run no indexer.
+      keep_selections: also return each layer's plan positions, int32 [L,B,S,K].
+    """
+    B, S = ids_BS.shape
+    dense = dense or not c.has_indexer
+    static = isinstance(slots, tuple)
+    tables = attention.rope_tables(c, positions_BS)
+    out_of_range = cache.latent_LMU.shape[1]
+    rows_BS = physical_rows(cache.page_table_BP, positions_BS, cache.page_size)
+    rows_BS = jnp.where(rows_BS < 0, out_of_range, rows_BS)  # padding: writes are dropped
+    with jax.named_scope("embed"):
+        x_BSD = params["embed_tokens"][ids_BS]
+    K = 0 if dense else min(c.index_topk, cache.capacity)
+    plan = IndexPlan(*(jnp.full(s, -1, jnp.int32) for s in ((B, S, K), (B, S), (B, S, K))))
+
+    def layer_step(kind, full, carry, xs):
+        x_BSD, plan, cache = carry
+        layer, nth, slot = xs
+        p = jax.tree.map(lambda a: a[layer], params["layers"])
+        h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
+        qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
+        with jax.named_scope("write_latent"):
+            pool = cache.latent_LMU.at[layer, rows_BS].set(latent_BSU.astype(cache.latent_LMU.dtype), mode="drop")
+            cache = cache.replace(latent_LMU=pool)
+        kernel = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank, implementation=implementation)
+        if dense:
+            pages = (cache.page_table_BP, positions_BS)
+            o_BSHC, _ = dense_mla(q_BSHU, cache.latent_LMU, layer, *pages, page_size=cache.page_size, **kernel)
+        else:
+            if full is not False:
+                plan, cache = _refresh(c, params["indexer"], slot, full, plan, cache, h_BSD, qa_BSQ, tables,
+                                       positions_BS, rows_BS, implementation)  # fmt: skip
+            with jax.named_scope("sparse_mla"):
+                o_BSHC, _ = sparse_mla(q_BSHU, cache.latent_LMU, layer, plan.rows_BSK, **kernel)
+        x_BSD = x_BSD + attention.output(p, o_BSHC)
+        h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
+        with jax.named_scope(kind):
+            if kind == "dense":
+                x_BSD = x_BSD + moe.mlp(jax.tree.map(lambda a: a[nth], params["dense"]), h_BSD)
+            else:
+                stacks = {k: params["experts"][k] for k in ("gate_up_proj", "down_proj")}
+                p = jax.tree.map(lambda a: a[nth], {k: v for k, v in params["experts"].items() if k not in stacks})
+                x_BSD = x_BSD + moe.experts(c, p, stacks, nth, h_BSD, implementation=implementation)
+        return (x_BSD, plan, cache), plan.positions_BSK if keep_selections else None
+
+    carry, selections = (x_BSD, plan, cache), []
+    seen = {"dense": 0, "sparse": 0}
+    for (kind, full), run in itertools.groupby(
+        range(c.num_hidden_layers), lambda i: (c.mlp_layer_types[i], slots[i] >= 0 if static and not dense else None)
+    ):
+        layers = list(run)
+        nth = jnp.arange(len(layers), dtype=jnp.int32) + seen[kind]
+        seen[kind] += len(layers)
+        run_slots = jnp.asarray(slots, jnp.int32)[layers[0] : layers[-1] + 1]
+        xs = (jnp.asarray(layers, jnp.int32), nth, run_slots)
+        carry, kept = lax.scan(lambda carry, xs, kind=kind, full=full: layer_step(kind, full, carry, xs), carry, xs)
+        selections.append(kept)
+    x_BSD, _, cache = carry
+    with jax.named_scope("head"):
+        x = x_BSD if all_logits else x_BSD[jnp.arange(B), jnp.argmax(positions_BS, -1)]
+        x = rms_norm(x, params["norm"], c.rms_norm_eps)
+        logits = jnp.einsum("...d,wd->...w", x, params["lm_head"], preferred_element_type=jnp.float32)
+    return Output(logits, cache, jnp.concatenate(selections) if keep_selections else None)
+
+
+def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS, rows_BS, implementation):
+    """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
+    quantized = cache.index_scales_GM is not None
+    p = jax.tree.map(lambda a: a[slot], p)
+    if_full = lambda do, otherwise: do() if full else lax.cond(slot >= 0, do, otherwise)
+
+    def keys():
+        k_BSJ = attention.index_keys(c, p, h_BSD, tables)
+        return attention.quantize_e4m3(k_BSJ) if quantized else (k_BSJ.astype(cache.index_keys_GMJ.dtype), None)
+
+    with jax.named_scope("index_keys"):
+        zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(keys))
+        k_BSJ, scale_BS = if_full(keys, zeros)
+        # The pool is written outside the branch, which would copy it; an S layer's rows are out of range and dropped.
+        rows_BS = jnp.where(slot >= 0, rows_BS, cache.latent_LMU.shape[1])
+        cache = cache.replace(index_keys_GMJ=cache.index_keys_GMJ.at[slot, rows_BS].set(k_BSJ, mode="drop"))
+        if quantized:
+            cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[slot, rows_BS].set(scale_BS, mode="drop"))
+
+    def select():
+        q_BSIJ, w_BSI = attention.index_queries(c, p, h_BSD, qa_BSQ, tables)
+        if quantized:
+            q_BSIJ, q_scale_BSI = attention.quantize_e4m3(q_BSIJ)
+            w_BSI = w_BSI * q_scale_BSI
+        pool = (cache.index_keys_GMJ, cache.index_scales_GM)
+        positions_BSK, count_BS = index_topk(
+            q_BSIJ, w_BSI, pool, slot, cache.page_table_BP, positions_BS, positions_BS.max(-1) + 1,
+            k=plan.positions_BSK.shape[-1], page_size=cache.page_size, implementation=implementation,
+        )  # fmt: skip
+        return IndexPlan(positions_BSK, count_BS, physical_rows(cache.page_table_BP, positions_BSK, cache.page_size))
+
+    with jax.named_scope("index_topk"):
+        return if_full(select, lambda: plan), cache

@@ -1,0 +1,82 @@
+"""Feed-forward layers: dense SwiGLU, and routed experts with a shared one.
+
+The router is DeepSeek-V3's "noaux_tc": sigmoid scores, a bias that only steers the choice, groups limited first.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import grouped_matmul
+
+from .attention import linear
+from .config import Config
+
+
+class Mlp(nnx.Module):
+    """SwiGLU weights of ``n`` stacked layers and width ``width``."""
+
+    def __init__(self, c: Config, n: int, width: int, init):
+        D = c.hidden_size
+        self.gate_proj = init.normal((n, width, D), (None, "mlp", "embed"))
+        self.up_proj = init.normal((n, width, D), (None, "mlp", "embed"))
+        self.down_proj = init.normal((n, D, width), (None, "embed", "mlp"))
+
+
+class Experts(nnx.Module):
+    """Router, routed and shared experts of ``n`` stacked layers; routed matrices are [in, out], gate columns first."""
+
+    def __init__(self, c: Config, n: int, init):
+        D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
+        self.gate = init.normal((n, E, D), (None, None, "embed"))
+        self.e_score_correction_bias = init.zeros((n, E), (None, None), jnp.float32)
+        self.gate_up_proj = init.normal((n, E, D, 2 * F), (None, "expert", "embed", "mlp"))
+        self.down_proj = init.normal((n, E, F, D), (None, "expert", "mlp", "embed"))
+        self.shared = Mlp(c, n, F * c.n_shared_experts, init)
+
+
+def mlp(p, x):
+    """SwiGLU: down(silu(gate(x)) · up(x)); x [..., D]."""
+    return linear(jax.nn.silu(linear(x, p["gate_proj"])) * linear(x, p["up_proj"]), p["down_proj"])
+
+
+def route(c: Config, p, x_ND):
+    """The experts each token goes to, int32 [N, X], and their float32 weights [N, X]."""
+    E = c.n_routed_experts
+    logits = jnp.einsum("nd,ed->ne", x_ND.astype(jnp.float32), p["gate"].astype(jnp.float32), precision="highest")
+    scores_NE = jax.nn.sigmoid(logits)
+    biased_NE = scores_NE + p["e_score_correction_bias"]
+    if c.n_group > 1:
+        groups = biased_NE.reshape(-1, c.n_group, E // c.n_group)
+        group_scores = jax.lax.top_k(groups, min(2, E // c.n_group))[0].sum(-1)
+        _, kept = jax.lax.top_k(group_scores, c.topk_group)
+        keep = jax.nn.one_hot(kept, c.n_group, dtype=jnp.bool_).any(1)
+        biased_NE = jnp.where(keep[..., None], groups, -jnp.inf).reshape(-1, E)
+    _, experts_NX = jax.lax.top_k(biased_NE, c.num_experts_per_tok)
+    weights_NX = jnp.take_along_axis(scores_NE, experts_NX, -1)
+    if c.norm_topk_prob:
+        weights_NX = weights_NX / (weights_NX.sum(-1, keepdims=True) + 1e-20)
+    return experts_NX, weights_NX * c.routed_scaling_factor
+
+
+def experts(c: Config, p, stacks, layer, x_BSD, *, implementation="auto"):
+    """Routed plus shared experts on x [B,S,D]. ``p``: one layer's small weights; ``stacks``: the stacked expert
+    matrices, read at ``layer`` inside the product."""
+    B, S, D = x_BSD.shape
+    X, F = c.num_experts_per_tok, c.moe_intermediate_size
+    x_ND = x_BSD.reshape(B * S, D)
+    with jax.named_scope("router"):
+        experts_NX, weights_NX = route(c, p, x_ND)
+        order = jnp.argsort(experts_NX.reshape(-1), stable=True)
+        group_sizes_E = jnp.bincount(experts_NX.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
+    with jax.named_scope("routed_experts"):
+        product = lambda x, name: grouped_matmul(x, stacks[name], layer, group_sizes_E, implementation=implementation)
+        h = product(x_ND[order // X], "gate_up_proj")
+        y = product(jax.nn.silu(h[:, :F]) * h[:, F:], "down_proj")
+        # Undo the sort and add a token's experts in the router's order: no scatter, so the sum is deterministic.
+        y_NXD = y[jnp.argsort(order)].reshape(B * S, X, D).astype(jnp.float32)
+        routed = (y_NXD * weights_NX[..., None]).sum(1).astype(x_BSD.dtype)
+    with jax.named_scope("shared_experts"):
+        return routed.reshape(B, S, D) + mlp(p["shared"], x_BSD)

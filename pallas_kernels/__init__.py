@@ -1,0 +1,74 @@
+"""Kernels for DeepSeek Sparse Attention, usable alone: ``from pallas_kernels import index_topk, sparse_mla``.
+
+Every op is one public function here, exact semantics in ``reference.py``, and one file a backend. Caches are pools:
+``[layers or slots, rows, width]``, read in place by layer number, with a page table that maps positions to rows.
+"""
+
+from __future__ import annotations
+
+from . import dispatch
+from .reference import physical_rows
+
+__all__ = ["dense_mla", "grouped_matmul", "index_topk", "physical_rows", "sparse_mla"]
+
+
+def index_topk(
+    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto"
+):
+    """Positions of the ``k`` best earlier tokens of each query, and how many there are: int32 [B,S,K], int32 [B,S].
+
+    ``score[t] = sum_i w_i·relu(q_i·k_t)`` in float32 over t <= position; the best by (score descending, position
+    ascending), returned in ascending position, -1 padded. Queries with at most k earlier tokens get all of them.
+
+    Args:
+      q_BSIJ: index queries, bf16, float32 or float8_e4m3fn.
+      w_BSI: float32 head weights with every scale factor folded in (fp8 query scales too).
+      index_pool: ``(keys [G, M, J], scales float32 [G, M] or None)``, scales for float8 keys.
+      slot: int32 scalar, the row of G to score against.
+      page_table_BP: int32 physical page of each logical page.
+      positions_BS: int32 absolute position of each query; -1 marks padding (count 0, all -1).
+      lengths_B: int32 cached tokens of each sequence, this call's included.
+      k: how many to select. page_size: rows a page.
+      implementation: "auto", "reference", "gpu" or "tpu".
+
+    Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V3.2 report, section 2.1.
+    """
+    args = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B)
+    return dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+
+
+def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale, value_dim=512, implementation="auto"):
+    """Attention of each query over its selected latent rows: o [B,S,H,value_dim] and lse float32 [B,S,H] (natural log).
+
+    Args:
+      q_BSHU: absorbed queries, ``value_dim`` latent columns then the rope columns.
+      latent_pool_LMU: stacked latent cache; keys are whole rows, values their first ``value_dim`` columns.
+      layer: int32 scalar, the layer to read.
+      rows_BSK: int32 pool rows, -1 = none, anywhere in the list. A query with no row gives zeros and lse -inf.
+      scale: softmax scale.
+
+    Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V2 report, section 2.1 (absorbed MLA).
+    """
+    args = (q_BSHU, latent_pool_LMU, layer, rows_BSK)
+    return dispatch.call("sparse_mla", implementation, *args, scale=scale, value_dim=value_dim)
+
+
+def dense_mla(
+    q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS, *, scale, page_size, value_dim=512,
+    implementation="auto",
+):  # fmt: skip
+    """Causal attention of each query over every cached position <= its own; shapes and results as ``sparse_mla``."""
+    args = (q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS)
+    return dispatch.call(
+        "dense_mla", implementation if implementation == "reference" else "auto", *args,
+        scale=scale, value_dim=value_dim, page_size=page_size,
+    )  # fmt: skip
+
+
+def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto"):
+    """Rows of ``x``, sorted by expert, times their expert's matrix of layer ``layer``: [N, F] in x's dtype.
+
+    ``group_sizes_E`` int32 sums to N: the first ``group_sizes[0]`` rows go to expert 0, and so on.
+    """
+    implementation = implementation if implementation == "reference" else "auto"
+    return dispatch.call("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)

@@ -1,0 +1,16 @@
+"""Shared fixtures. Tests run on a CPU with 8 simulated devices; 2 would do for one-device work, 8 serve the mesh tests."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden() -> Path:
+    return GOLDEN

@@ -1,0 +1,230 @@
+"""One body for every implementation of every op, against the float64 oracle; cases of reference/kernels' known traps.
+
+The Hopper kernels gather inside inline_mgpu, which no interpreter runs: on a CPU they are compiled (test_aot.py) and
+skipped here; on a GPU this same file runs them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import pallas_kernels
+from pallas_kernels import dispatch, reference
+
+PAGE = 256
+J, U, C = 128, 576, 512  # the widths that every kernel takes
+_WHY = {
+    "gpu": "Hopper kernels gather inside inline_mgpu, which cannot be interpreted: needs a GPU",
+}
+
+
+def _params():
+    for name in ("reference", "gpu"):
+        skip = name != "reference" and jax.default_backend() != name
+        yield pytest.param(name, marks=pytest.mark.skipif(skip, reason=_WHY.get(name, "")))
+
+
+implementations = pytest.mark.parametrize("implementation", list(_params()))
+
+
+def _pool(rng, lengths, keys_for, width, dtype, slots=3, slot=1, spare=3):
+    """A pool whose pages are shuffled over more pages than needed; every other slot and row holds noise."""
+    pages = max(-(-max(lengths) // PAGE), 1)
+    table = rng.permutation(len(lengths) * pages + spare)[: len(lengths) * pages].reshape(len(lengths), pages)
+    pool = rng.standard_normal((slots, (len(lengths) * pages + spare) * PAGE, width)).astype(np.float32)
+    for b, n in enumerate(lengths):
+        rows = table[b, np.arange(n) // PAGE] * PAGE + np.arange(n) % PAGE
+        pool[slot, rows] = keys_for(b, n)
+    return jnp.asarray(pool, dtype), table.astype(np.int32)
+
+
+def _signed(scores_T, dtype):
+    """Keys and the query that score exactly ``scores_T``: relu(x) - relu(-x) = x."""
+    keys = np.zeros((len(scores_T), J), np.float32)
+    keys[:, 0] = scores_T
+    q = np.zeros((2, J), np.float32)
+    q[0, 0], q[1, 0] = 1, -1
+    return keys, jnp.asarray(q, dtype), np.array([1.0, -1.0], np.float32)
+
+
+def _rows():
+    rng = np.random.default_rng(0)
+    n = 700
+    bf16 = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
+    yield "normal", bf16(rng.standard_normal(n))
+    yield "relu plateau", bf16(np.maximum(rng.standard_normal(n), 0))
+    yield "zeros of both signs", np.where(rng.random(n) < 0.5, -0.0, 0.0).astype(np.float32)
+    yield "narrow range", bf16(rng.uniform(1.0, 1.245, n))
+    yield "all equal", np.full(n, 0.5, np.float32)
+    yield "mostly negative", bf16(-np.abs(rng.standard_normal(n)) * 1e30)
+    yield "-inf tail", np.where(np.arange(n) < 40, bf16(rng.standard_normal(n)), -np.inf).astype(np.float32)
+    yield "+inf", np.where(np.arange(n) % 90 == 0, np.inf, bf16(rng.standard_normal(n))).astype(np.float32)
+
+
+@implementations
+@pytest.mark.parametrize("k", [64, 128])
+@pytest.mark.parametrize(("name", "row"), list(_rows()), ids=lambda v: v if isinstance(v, str) else "")
+def test_selection_is_exact_on_given_scores(implementation, name, row, k):
+    rng = np.random.default_rng(1)
+    keys, q, w = _signed(row, jnp.bfloat16)
+    pool, table = _pool(rng, [len(row)], lambda b, n: keys, J, jnp.bfloat16)
+    # Query positions around the k boundary (T < K, T = K, T = K + 1), a padding query, and the whole row.
+    positions = np.array([[0, k - 2, k - 1, k, 300, -1, len(row) - 1]], np.int32)
+    S = positions.shape[1]
+    found, count = pallas_kernels.index_topk(
+        jnp.tile(q, (1, S, 1, 1)), jnp.tile(w, (1, S, 1)), (pool, None), 1, table, positions,
+        np.array([len(row)], np.int32), k=k, page_size=PAGE, implementation=implementation,
+    )  # fmt: skip
+    for s, position in enumerate(positions[0]):
+        want = oracle.select(row[: position + 1], k)
+        np.testing.assert_array_equal(np.asarray(found)[0, s], want, err_msg=f"{name}, position {position}")
+        assert count[0, s] == min(position + 1, k)
+
+
+def test_nan_scores_rank_lowest_and_keep_their_order():
+    scores = np.array([1.0, np.nan, -np.inf, 2.0, np.nan, -1.0], np.float32)
+    clean = np.asarray(reference.canonical(jnp.asarray(scores)))
+    assert list(np.argsort(-clean, kind="stable")) == [3, 0, 5, 1, 2, 4]
+    np.testing.assert_array_equal(oracle.select(scores, 4), [0, 1, 3, 5])
+
+
+@implementations
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("heads", [4, 32])
+def test_scores_and_selection_on_random_keys(implementation, dtype, heads):
+    if implementation != "reference" and dtype == "float32":
+        pytest.skip("the kernel takes bf16 and e4m3")
+    rng = np.random.default_rng(2)
+    lengths, k, S = [900, 37, 520], 64, 5  # ragged, one shorter than k, S no multiple of a block
+    pool, table = _pool(rng, lengths, lambda b, n: rng.standard_normal((n, J)), J, dtype)
+    scales = jnp.asarray(rng.uniform(0.5, 2, pool.shape[:2]), jnp.float32) if dtype.startswith("float8") else None
+    q = jnp.asarray(rng.standard_normal((3, S, heads, J)), dtype)
+    w = jnp.asarray(rng.standard_normal((3, S, heads)), jnp.float32)
+    positions = np.stack([np.arange(n - S, n) for n in lengths]).astype(np.int32)
+    positions[2, 3:] = -1
+    found, count = pallas_kernels.index_topk(
+        q, w, (pool, scales), 1, table, positions, np.array(lengths, np.int32), k=k, page_size=PAGE,
+        implementation=implementation,
+    )  # fmt: skip
+    for b, n in enumerate(lengths):
+        rows = table[b, np.arange(n) // PAGE] * PAGE + np.arange(n) % PAGE
+        keys = np.asarray(pool[1, rows], np.float64) * (1 if scales is None else np.asarray(scales)[1, rows, None])
+        for s in range(S):
+            limit = positions[b, s] + 1
+            assert count[b, s] == min(limit, k)
+            scores = oracle.index_scores(np.asarray(q[b, s], np.float64), np.asarray(w[b, s]), keys[:limit])
+            got, want = np.asarray(found)[b, s], oracle.select(scores, k)
+            assert (got[count[b, s] :] == -1).all() and (np.diff(got[: count[b, s]]) > 0).all()
+            # Rows that differ from float64 lie within float32 rounding of the k-th score.
+            wrong = np.setxor1d(got[got >= 0], want[want >= 0])
+            kth = np.sort(scores)[::-1][min(limit, k) - 1] if limit > 0 else 0.0
+            bound = 4e-6 * np.abs(np.asarray(w[b, s])).sum() * J
+            assert (np.abs(scores[wrong] - kth) <= bound).all()
+            assert len(wrong) <= 2
+
+
+@implementations
+@pytest.mark.parametrize("H", [1, 2, 5, 10, 20, 64, 128])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sparse_mla(implementation, H, dtype):
+    if implementation != "reference" and dtype == "float32":
+        pytest.skip("the kernel takes bf16")
+    rng = np.random.default_rng(3)
+    B, S, K, M = 2, 3, 128, 1024
+    pool = jnp.asarray(rng.standard_normal((3, M, U)) * 0.5, dtype)
+    q = jnp.asarray(rng.standard_normal((B, S, H, U)) * 0.5, dtype)
+    rows = rng.permuted(np.tile(np.arange(M), (B, S, 1)), axis=-1)[..., :K].astype(np.int32)
+    rows[0, 0, ::3] = -1  # holes anywhere
+    rows[0, 1, 5:] = -1
+    rows[1, 2] = -1  # an empty query
+    layer = jnp.int32(1)
+    o, lse = pallas_kernels.sparse_mla(q, pool, layer, rows, scale=0.05, value_dim=C, implementation=implementation)
+    assert o.dtype == q.dtype and lse.dtype == jnp.float32
+    assert (np.asarray(o[1, 2], np.float32) == 0).all() and (np.asarray(lse[1, 2]) == -np.inf).all()
+    tolerance = {"float32": 2e-5, "bfloat16": 2e-2}[dtype]
+    for b in range(B):
+        for s in range(S):
+            want, want_lse = oracle.sparse_mla(
+                np.asarray(q[b, s], np.float64), np.asarray(pool[1], np.float64), rows[b, s], 0.05, C
+            )
+            np.testing.assert_allclose(np.asarray(o[b, s], np.float64), want, atol=tolerance * max(np.abs(want).max(), 1))
+            np.testing.assert_allclose(np.asarray(lse[b, s]), want_lse, atol=1e-3 if dtype == "bfloat16" else 1e-4)
+
+
+@implementations
+def test_sparse_mla_merges_and_ignores_order(implementation):
+    """Halves of a selection, merged by their lse, give the whole; the order of rows does not matter."""
+    rng = np.random.default_rng(4)
+    pool = jnp.asarray(rng.standard_normal((1, 512, U)) * 0.5, jnp.bfloat16)
+    q = jnp.asarray(rng.standard_normal((1, 1, 20, U)) * 0.5, jnp.bfloat16)
+    rows = rng.permutation(512)[:128].astype(np.int32)[None, None]
+    run = functools.partial(
+        pallas_kernels.sparse_mla, q, pool, 0, scale=0.05, value_dim=C, implementation=implementation
+    )
+    o, lse = run(rows)
+    o2, _ = run(np.sort(rows, -1))
+    np.testing.assert_allclose(np.asarray(o, np.float32), np.asarray(o2, np.float32), atol=2e-2)
+    left, right = rows.copy(), rows.copy()
+    left[..., 64:], right[..., :64] = -1, -1
+    (oa, la), (ob, lb) = run(left), run(right)
+    total = np.logaddexp(np.asarray(la), np.asarray(lb))
+    np.testing.assert_allclose(total, np.asarray(lse), atol=1e-3)
+    merged = sum(np.asarray(o_, np.float32) * np.exp(np.asarray(l_) - total)[..., None] for o_, l_ in ((oa, la), (ob, lb)))
+    np.testing.assert_allclose(merged, np.asarray(o, np.float32), atol=2e-2)
+
+
+def test_dense_equals_sparse_over_everything():
+    rng = np.random.default_rng(5)
+    lengths, S, H = [300, 41], 4, 3
+    pool, table = _pool(rng, lengths, lambda b, n: rng.standard_normal((n, U)) * 0.3, U, jnp.float32)
+    q = jnp.asarray(rng.standard_normal((2, S, H, U)) * 0.3, jnp.float32)
+    positions = np.stack([np.arange(n - S, n) for n in lengths]).astype(np.int32)
+    positions[1, 3] = -1
+    all_T = np.arange(max(lengths), dtype=np.int32)
+    everything = np.where(all_T <= positions[..., None], all_T, -1)
+    rows = reference.physical_rows(jnp.asarray(table), jnp.asarray(everything), PAGE)
+    want, want_lse = pallas_kernels.sparse_mla(q, pool, 1, rows, scale=0.1, value_dim=C, implementation="reference")
+    got, lse = pallas_kernels.dense_mla(
+        q, pool, 1, table, positions, scale=0.1, value_dim=C, page_size=PAGE, implementation="reference"
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 200])
+def test_grouped_matmul(n):
+    rng = np.random.default_rng(6)
+    E, D, F = 8, 24, 40
+    sizes = np.bincount(rng.integers(0, E - 1, n), minlength=E).astype(np.int32)  # the last expert gets nothing
+    x, w = rng.standard_normal((n, D)).astype(np.float32), rng.standard_normal((2, E, D, F)).astype(np.float32)
+    got = pallas_kernels.grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.int32(1), jnp.asarray(sizes))
+    np.testing.assert_allclose(got, oracle.grouped_matmul(x, w[1], sizes), atol=1e-4)
+
+
+def test_sparse_mla_gradient_matches_finite_differences():
+    rng = np.random.default_rng(7)
+    q = jnp.asarray(rng.standard_normal((1, 2, 2, 24)), jnp.float32)
+    pool = jnp.asarray(rng.standard_normal((1, 16, 24)), jnp.float32)
+    rows = jnp.asarray([[[0, 3, -1, 5], [-1, -1, -1, -1]]], jnp.int32)  # the second query is empty
+
+    def loss(q, pool):
+        return pallas_kernels.sparse_mla(q, pool, 0, rows, scale=0.3, value_dim=16, implementation="reference")[0].sum()
+
+    from jax.test_util import check_grads
+
+    check_grads(loss, (q, pool), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_forced_implementation_says_why_it_cannot_run():
+    q = jnp.zeros((1, 1, 4, U), jnp.bfloat16)
+    pool, rows = jnp.zeros((1, 64, U), jnp.bfloat16), jnp.zeros((1, 1, 64), jnp.int32)
+    missing = "tpu" if jax.default_backend() == "gpu" else "gpu"
+    with pytest.raises(NotImplementedError, match=f"sparse_mla: implementation={missing}: needs a {missing.upper()}"):
+        pallas_kernels.sparse_mla(q, pool, 0, rows, scale=1.0, implementation=missing)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        pallas_kernels.sparse_mla(q, pool, 0, rows, scale=1.0, implementation="cuda")
+    assert dispatch.reason_against("grouped_matmul", "gpu").startswith("no gpu kernel")
