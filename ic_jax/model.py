@@ -7,6 +7,7 @@ the plan as it found it: no indexer work, weights or memory. The pattern is ``sl
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -116,36 +117,61 @@ def forward(
       keep_selections: also return each layer's plan positions, int32 [L,B,S,K].
     """
     B, S = ids_BS.shape
-    dense = dense or not c.has_indexer
-    static = isinstance(slots, tuple)
+    with jax.named_scope("embed"):
+        x_BSD = params["embed_tokens"][ids_BS]
+    K = 0 if dense or not c.has_indexer else min(c.index_topk, cache.capacity)
+    plan = IndexPlan(*(jnp.full(s, -1, jnp.int32) for s in ((B, S, K), (B, S), (B, S, K))))
+    options = dict(dense=dense, implementation=implementation, keep_selections=keep_selections)
+    (x_BSD, _, cache), selections = run_layers(params, c, slots, (x_BSD, plan, cache), positions_BS, **options)
+    x = x_BSD if all_logits else x_BSD[jnp.arange(B), jnp.argmax(positions_BS, -1)]
+    return Output(head(params, c, x), cache, selections)
+
+
+def head(params: dict, c: Config, x):
+    """float32 logits [..., W] of what leaves the last layer, x [..., D]."""
+    with jax.named_scope("head"):
+        x = rms_norm(x, params["norm"], c.rms_norm_eps)
+        return jnp.einsum("...d,wd->...w", x, params["lm_head"], preferred_element_type=jnp.float32)
+
+
+def run_layers(
+    params: dict, c: Config, slots, carry, positions_BS, *, span=None, dense=False, implementation="auto",
+    keep_selections=False,
+):  # fmt: skip
+    """(carry, selections int32 [L,B,S,K] or None) after the layers; the carry is (x_BSD, IndexPlan, Cache).
+
+    ``span``: run only layers start <= l < stop of (start, stop), which may be data, from the carry that enters
+    ``start``; no selections then. A cache of one layer and one slot is scratch that every layer writes anew: enough
+    for tokens that are a whole sequence.
+    """
+    dense, static = dense or not c.has_indexer, isinstance(slots, tuple)
+    cache = carry[2]
     tables = attention.rope_tables(c, positions_BS)
     out_of_range = cache.latent_LMU.shape[1]
     rows_BS = physical_rows(cache.page_table_BP, positions_BS, cache.page_size)
     rows_BS = jnp.where(rows_BS < 0, out_of_range, rows_BS)  # padding: writes are dropped
-    with jax.named_scope("embed"):
-        x_BSD = params["embed_tokens"][ids_BS]
-    K = 0 if dense else min(c.index_topk, cache.capacity)
-    plan = IndexPlan(*(jnp.full(s, -1, jnp.int32) for s in ((B, S, K), (B, S), (B, S, K))))
+    scratch = cache.latent_LMU.shape[0] < c.num_hidden_layers
 
     def layer_step(kind, full, carry, xs):
         x_BSD, plan, cache = carry
         layer, nth, slot = xs
+        at = 0 if scratch else layer
         p = jax.tree.map(lambda a: a[layer], params["layers"])
         h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
         qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
         with jax.named_scope("write_latent"):
-            pool = cache.latent_LMU.at[layer, rows_BS].set(latent_BSU.astype(cache.latent_LMU.dtype), mode="drop")
+            pool = cache.latent_LMU.at[at, rows_BS].set(latent_BSU.astype(cache.latent_LMU.dtype), mode="drop")
             cache = cache.replace(latent_LMU=pool)
         kernel = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank, implementation=implementation)
         if dense:
             pages = (cache.page_table_BP, positions_BS)
-            o_BSHC, _ = dense_mla(q_BSHU, cache.latent_LMU, layer, *pages, page_size=cache.page_size, **kernel)
+            o_BSHC, _ = dense_mla(q_BSHU, cache.latent_LMU, at, *pages, page_size=cache.page_size, **kernel)
         else:
             if full is not False:
                 plan, cache = _refresh(c, params["indexer"], slot, full, plan, cache, h_BSD, qa_BSQ, tables,
                                        positions_BS, rows_BS, implementation)  # fmt: skip
             with jax.named_scope("sparse_mla"):
-                o_BSHC, _ = sparse_mla(q_BSHU, cache.latent_LMU, layer, plan.rows_BSK, **kernel)
+                o_BSHC, _ = sparse_mla(q_BSHU, cache.latent_LMU, at, plan.rows_BSK, **kernel)
         x_BSD = x_BSD + attention.output(p, o_BSHC)
         h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
@@ -157,7 +183,7 @@ def forward(
                 x_BSD = x_BSD + moe.experts(c, p, stacks, nth, h_BSD, implementation=implementation)
         return (x_BSD, plan, cache), plan.positions_BSK if keep_selections else None
 
-    carry, selections = (x_BSD, plan, cache), []
+    selections = []
     seen = {"dense": 0, "sparse": 0}
     for (kind, full), run in itertools.groupby(
         range(c.num_hidden_layers), lambda i: (c.mlp_layer_types[i], slots[i] >= 0 if static and not dense else None)
@@ -167,19 +193,21 @@ def forward(
         seen[kind] += len(layers)
         run_slots = jnp.asarray(slots, jnp.int32)[layers[0] : layers[-1] + 1]
         xs = (jnp.asarray(layers, jnp.int32), nth, run_slots)
-        carry, kept = lax.scan(lambda carry, xs, kind=kind, full=full: layer_step(kind, full, carry, xs), carry, xs)
-        selections.append(kept)
-    x_BSD, _, cache = carry
-    with jax.named_scope("head"):
-        x = x_BSD if all_logits else x_BSD[jnp.arange(B), jnp.argmax(positions_BS, -1)]
-        x = rms_norm(x, params["norm"], c.rms_norm_eps)
-        logits = jnp.einsum("...d,wd->...w", x, params["lm_head"], preferred_element_type=jnp.float32)
-    return Output(logits, cache, jnp.concatenate(selections) if keep_selections else None)
+        step = functools.partial(layer_step, kind, full)
+        if span is None:
+            carry, kept = lax.scan(step, carry, xs)
+            selections.append(kept)
+        else:
+            first, last = (jnp.clip(end, layers[0], layers[-1] + 1) - layers[0] for end in span)
+            one = lambda i, carry, step=step, xs=xs: step(carry, jax.tree.map(lambda a: a[i], xs))[0]
+            carry = lax.fori_loop(first, last, one, carry)
+    return carry, jnp.concatenate(selections) if keep_selections and span is None else None
 
 
 def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS, rows_BS, implementation):
     """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
     quantized = cache.index_scales_GM is not None
+    at = slot if cache.index_keys_GMJ.shape[0] == p["wk"].shape[0] else 0
     p = jax.tree.map(lambda a: a[slot], p)
     if_full = lambda do, otherwise: do() if full else lax.cond(slot >= 0, do, otherwise)
 
@@ -192,9 +220,9 @@ def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS,
         k_BSJ, scale_BS = if_full(keys, zeros)
         # The pool is written outside the branch, which would copy it; an S layer's rows are out of range and dropped.
         rows_BS = jnp.where(slot >= 0, rows_BS, cache.latent_LMU.shape[1])
-        cache = cache.replace(index_keys_GMJ=cache.index_keys_GMJ.at[slot, rows_BS].set(k_BSJ, mode="drop"))
+        cache = cache.replace(index_keys_GMJ=cache.index_keys_GMJ.at[at, rows_BS].set(k_BSJ, mode="drop"))
         if quantized:
-            cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[slot, rows_BS].set(scale_BS, mode="drop"))
+            cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[at, rows_BS].set(scale_BS, mode="drop"))
 
     def select():
         q_BSIJ, w_BSI = attention.index_queries(c, p, h_BSD, qa_BSQ, tables)
@@ -203,7 +231,7 @@ def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS,
             w_BSI = w_BSI * q_scale_BSI
         pool = (cache.index_keys_GMJ, cache.index_scales_GM)
         positions_BSK, count_BS = index_topk(
-            q_BSIJ, w_BSI, pool, slot, cache.page_table_BP, positions_BS, positions_BS.max(-1) + 1,
+            q_BSIJ, w_BSI, pool, at, cache.page_table_BP, positions_BS, positions_BS.max(-1) + 1,
             k=plan.positions_BSK.shape[-1], page_size=cache.page_size, implementation=implementation,
         )  # fmt: skip
         return IndexPlan(positions_BSK, count_BS, physical_rows(cache.page_table_BP, positions_BSK, cache.page_size))

@@ -1,0 +1,243 @@
+"""Our own checkpoints: Orbax data, one entry a layer and tensor, and the manifest that makes them loadable.
+
+    DIR/config.json, tokenizer files…
+    DIR/ic_jax.json         the manifest, written last: entries, and which rows of them lie where, with their CRC-32
+    DIR/weights/00000/…     Orbax checkpoints of at most GROUP bytes, so that writing needs little memory
+
+An entry larger than a piece is cut along its first axis. MTP tensors are entries under their Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ic_jax.errors import UserError
+
+from .safetensors import DTYPES, INDEX, NAMES, Tensor
+
+MANIFEST = "ic_jax.json"
+# A conversion works in NAME.incomplete beside its destination; while the journal is in there, it is not finished.
+INCOMPLETE, JOURNAL = ".incomplete", "journal.jsonl"
+FORMAT = 1
+GROUP = 256 << 20
+CHUNK = 16 << 20  # what a sharded read fetches at least
+CACHE = 128 << 20  # decoded chunks kept, since neighbouring heads and experts share them
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+STORED = {str(d): d for d in DTYPES.values() if d.itemsize > 1}  # dtypes of entries
+
+
+class Arrays:
+    """Arrays of the Orbax checkpoints under DIR/weights, read block by block.
+
+    TensorStore, which Orbax itself reads through, is used directly: a host then reads just the chunks it needs.
+    """
+
+    def __init__(self, directory: Path):
+        import tensorstore
+
+        self.directory = directory
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
+        self._open = functools.lru_cache(maxsize=64)(self._open_array)
+
+    def read_into(self, group: str, key: str, shape: tuple[int, ...], start: tuple[int, ...], out: np.ndarray) -> None:
+        """Fill ``out`` with the block at ``start`` of the array ``key``, which must have ``shape`` and out's dtype."""
+        try:
+            array = self._open(group, key)
+            if tuple(array.shape) != shape or array.dtype.numpy_dtype != out.dtype:
+                raise ValueError(f"it is {array.dtype.name} {list(array.shape)}, expected {out.dtype} {list(shape)}")
+            block = tuple(slice(s, s + n) for s, n in zip(start, out.shape, strict=True))
+            out[...] = array[block].read().result()
+        except (OSError, ValueError, IndexError, RuntimeError) as e:
+            raise UserError(f"{key} in {self.directory}/weights/{group} cannot be read: {first_line(e)}") from None
+
+    def _open_array(self, group: str, key: str):
+        import tensorstore
+
+        base = {"driver": "file", "path": f"{self.directory.resolve()}/weights/{group}/"}
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
+        # A chunk that is not there would read as zeros.
+        spec |= {"recheck_cached_data": False, "fill_missing_data_reads": False}
+        return tensorstore.open(spec, read=True, context=self._context).result()
+
+
+class Store:
+    """Blocks of the entries of our own directory; the same interface as ``safetensors.Reader``.
+
+    ``pieces``: for every entry its pieces, each {group, key, row, rows, crc}. ``bytes_read`` counts what was asked for.
+    """
+
+    native = True
+
+    def __init__(self, directory: Path):
+        self.directory, self.bytes_read = directory, 0
+        self.arrays = Arrays(directory)
+        self.tensors: dict[str, Tensor] = {}
+        self.pieces: dict[str, list[dict]] = {}
+        path = directory / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            format, self.fused = manifest["format"], bool(manifest["fused"])
+            for name, entry in manifest["entries"].items():
+                shape, pieces = tuple(entry["shape"]), entry["pieces"]
+                row = 0
+                for piece in pieces:
+                    if piece["row"] != row or piece["rows"] < 0 or not piece["group"].isdecimal():
+                        raise ValueError(f"the pieces of {name} do not follow each other")
+                    row += piece["rows"]
+                if row != (shape[0] if shape else 1) or entry["dtype"] not in STORED:
+                    raise ValueError(f"the pieces of {name} do not make {entry['dtype']} {list(shape)}")
+                self.tensors[name] = Tensor(
+                    directory / "weights" / pieces[0]["group"], NAMES[STORED[entry["dtype"]]], shape
+                )
+                self.pieces[name] = pieces
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+            raise UserError(f"{path} cannot be read: {type(e).__name__}: {first_line(e)}") from None
+        if format != FORMAT:
+            raise UserError(f"{directory} has format {format}, this version reads format {FORMAT}; convert it again")
+        for group in sorted({p["group"] for pieces in self.pieces.values() for p in pieces}):
+            if not (directory / "weights" / group).is_dir():
+                raise UserError(f"{directory} lacks weights/{group}; convert it again")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.arrays._open.cache_clear()
+
+    def dtype(self, name: str) -> np.dtype:
+        """The numpy dtype of an entry."""
+        return DTYPES[self.tensors[name].dtype]
+
+    def read_into(self, name: str, start: tuple[int, ...], out: np.ndarray) -> None:
+        """Fill ``out`` with the block of its shape that begins at ``start``."""
+        shape = self.tensors[name].shape
+        first, count = (start[0], out.shape[0]) if shape else (0, 1)
+        for piece in self.pieces[name]:
+            low, high = max(first, piece["row"]), min(first + count, piece["row"] + piece["rows"])
+            if low < high:
+                stored = (piece["rows"], *shape[1:]) if shape else ()
+                at = (low - piece["row"], *start[1:]) if shape else ()
+                target = out[low - first : high - first] if shape else out
+                self.arrays.read_into(piece["group"], piece["key"], stored, at, target)
+        self.bytes_read += out.nbytes
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, for an error of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def write_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    """Write ``arrays`` as one Orbax checkpoint, flushed to the disk; returns the CRC-32 of each."""
+    import orbax.checkpoint as ocp
+
+    path = directory / "weights" / group
+    _claim_room(directory, sum(a.nbytes for a in arrays.values()))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        save_args = {key: ocp.SaveArgs(chunk_byte_size=CHUNK) for key in arrays}
+        checkpointer.save(path.resolve(), arrays, save_args=save_args, force=True)
+    for folder, _, files in os.walk(path):
+        for name in (*files, "."):
+            sync(Path(folder, name))
+    sync(path.parent)
+    return {key: checksum(array) for key, array in arrays.items()}
+
+
+def _claim_room(directory: Path, nbytes: int) -> None:
+    """OSError when ``directory`` has no room for a group: Orbax would say so in pages of tracebacks."""
+    with tempfile.TemporaryFile(dir=directory) as f:
+        os.posix_fallocate(f.fileno(), 0, nbytes + nbytes // 32 + (1 << 20))
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in row order."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+class Work:
+    """The directory that a conversion works in, and the journal of its finished units."""
+
+    def __init__(self, destination: Path, fingerprint: str, resume: bool):
+        self.destination = destination = destination.absolute()
+        self.directory = destination.with_name(destination.name + INCOMPLETE)
+        self.journal = self.directory / JOURNAL
+        self.done: dict[str, dict] = {}
+        if self.directory.exists() and not self.journal.exists() and not (self.directory / "config.json").exists():
+            shutil.rmtree(self.directory)  # killed before it had written anything that counts
+        if self.directory.exists() and not resume:
+            raise UserError(f"{self.directory} holds an unfinished conversion; continue it with --resume, or delete it")
+        if not self.directory.exists():
+            self.directory.mkdir(parents=True)
+            write_text(self.journal, json.dumps({"fingerprint": fingerprint}) + "\n")
+            return
+        if not self.journal.exists():
+            return  # complete but for the rename
+        lines = []
+        for line in self.journal.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line being written when it was killed
+        if not lines or lines[0].get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{self.directory} was begun from another source or with other options; delete it to start again"
+            )
+        self.done = {line["unit"]: line for line in lines[1:]}
+        write_text(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is written and only the rename is missing."""
+        return not self.journal.exists()
+
+    def note(self, unit: str, record: dict) -> None:
+        """Journal a unit that is safely on the disk."""
+        with open(self.journal, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"unit": unit, **record}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def finish(self, source: Path, config_json: str, last: dict[str, str]) -> None:
+        """Copy the small files (tokenizer…), write config.json and ``last``, and put the directory in place."""
+        for path in sorted(source.iterdir()):
+            name = path.name
+            skip = name in ("config.json", MANIFEST, INDEX) or name.endswith(_WEIGHTS)
+            if path.is_file() and not skip and not name.startswith(".") and not name.endswith(".index.json"):
+                shutil.copyfile(path, self.directory / name)
+                sync(self.directory / name)
+        for name, text in {"config.json": config_json, **last}.items():
+            write_text(self.directory / name, text)
+        self.journal.unlink()
+        sync(self.directory)
+        self.rename()
+
+    def rename(self) -> None:
+        """The last step: the finished directory gets its name."""
+        os.replace(self.directory, self.destination)
+        sync(self.destination.parent)

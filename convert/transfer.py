@@ -1,0 +1,365 @@
+"""Both directions of conversion: Hugging Face safetensors to our Orbax directories, and back.
+
+Work is done in DST.incomplete, unit by unit (an Orbax group, a shard), each noted in a journal with checksums once it
+is on the disk; DST appears by one rename at the end. So what is interrupted never loads, and ``resume`` goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ic_jax import checkpoint
+from ic_jax.checkpoint import PIECE, Entry
+from ic_jax.config import Config
+from ic_jax.errors import UserError
+
+from . import mapping, safetensors, store
+from .mapping import Part
+
+
+def entries(source, config: Config) -> list[Entry]:
+    """Every entry of a checkpoint, ordered by layer: the model's, all indexers present, and the MTP tensors.
+
+    Raises UserError for whatever loading would refuse.
+    """
+    from ic_jax.model import abstract_params
+
+    present = mapping.indexer_layers(source.tensors, config)
+    if config.has_indexer:
+        config.pattern.slots(present)
+    shapes = dict(checkpoint.flatten(abstract_params(config, len(present))[0]))
+    found: list[tuple[int, Entry]] = []
+    for rule in mapping.TABLE:
+        if rule.leaf in shapes:
+            shape = shapes[rule.leaf].shape[1:] if rule.group else shapes[rule.leaf].shape
+            for layer in rule.layers(config, present):
+                found.append((-1 if layer is None else layer, Entry.of(source, config, rule, layer, shape)))
+    for name, tensor in source.tensors.items():
+        scale = name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in source.tensors
+        if mapping.is_mtp(name, config) and not scale:
+            found.append((mapping.layer_of(name), Entry.whole(source, name, tensor.shape)))
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+
+
+class _Block(NamedTuple):
+    """Rows of an entry that are stored as one array called ``key``."""
+
+    entry: Entry
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    dtype: np.dtype
+    key: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        return self.entry.array(self.start, self.size, self.dtype)
+
+
+def target_dtype(entry: Entry, dtype: str | None) -> np.dtype:
+    """The dtype an entry is stored in: its own or ``dtype``; FP8 becomes bfloat16, what steers selection stays."""
+    if entry.quantized:
+        return store.STORED[dtype or "bfloat16"]
+    return store.STORED[dtype] if dtype and not mapping.keeps_dtype(entry.name) else entry.dtype
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a conversion will write: ``units`` of (name, things, bytes), and the lines to tell the user."""
+
+    units: list[tuple[str, list, int]]
+    notes: list[str]
+    write: Callable[[], None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for *_, size in self.units)
+
+
+def _prepare(source: Path, destination: Path, kind: str) -> None:
+    native = (source / store.MANIFEST).exists()
+    if native and kind == "hf-to-jax":
+        raise UserError(f"{source} is already converted; hf-to-jax reads a Hugging Face directory")
+    if not native and kind == "jax-to-hf":
+        raise UserError(f"{source} is not one of our directories (it has no {store.MANIFEST}); jax-to-hf reads those")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} already exists and is not empty; give another directory")
+
+
+def _fingerprint(reader, *options) -> str:
+    """Changes when the source's tensors or files, or the options, do."""
+    files = {t.file for t in reader.tensors.values() if t.file.is_file()} or {reader.directory / store.MANIFEST}
+    stats = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    tensors = sorted((n, t.dtype, t.shape, t.offset) for n, t in reader.tensors.items())
+    return hashlib.sha256(json.dumps([store.FORMAT, options, stats, tensors]).encode()).hexdigest()
+
+
+def _room(work: store.Work, needed: int) -> None:
+    free = shutil.disk_usage(work.directory).free
+    if needed * 1.01 > free:
+        if not work.done:
+            shutil.rmtree(work.directory)
+        raise UserError(
+            f"{work.destination} needs {safetensors.human(needed)} more, {safetensors.human(free)} are free there"
+        )
+
+
+def _guarded(work: store.Work, do: Callable, *args):
+    """``do(*args)``, where a failure to write becomes one line; Orbax and TensorStore raise errors of many kinds."""
+    try:
+        return do(*args)
+    except UserError:
+        raise
+    except Exception as e:
+        reason = f"{type(e).__name__}: {store.first_line(e)}" if not isinstance(e, OSError) else e.strerror or e
+        raise UserError(f"writing {work.directory} failed ({reason}); make room and continue with --resume") from e
+
+
+def _groups(sized: Iterator[tuple], limit: int) -> Iterator[tuple[list, int]]:
+    """Runs of (thing, bytes) of at most ``limit`` bytes, or of one thing."""
+    run, total = [], 0
+    for thing, size in sized:
+        if run and total + size > limit:
+            yield run, total
+            run, total = [], 0
+        run.append(thing)
+        total += size
+    if run:
+        yield run, total
+
+
+def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=False, progress=None) -> Plan:
+    """The Plan to convert a Hugging Face directory; its ``write()`` does it.
+
+    Args:
+      dtype: "bfloat16" or "float32" for all weights, None to keep each tensor's own (FP8 becomes bfloat16).
+      resume: continue an interrupted conversion, after checking what it wrote.
+    """
+    _prepare(source, destination, "hf-to-jax")
+    config, report = Config.load(source), progress or (lambda done, total, note: None)
+    reader = safetensors.Reader(source)
+    every = entries(reader, config)
+
+    def blocks():
+        for entry in every:
+            boxes = list(entry.blocks())
+            for start, size in boxes:
+                key = entry.name if len(boxes) == 1 else f"{entry.name}@{start[0]}"
+                block = _Block(entry, start, size, target_dtype(entry, dtype), key)
+                yield block, block.nbytes
+
+    units = [(f"{i:05}", run, size) for i, (run, size) in enumerate(_groups(blocks(), store.GROUP))]
+    mtp = sum(mapping.is_mtp(e.name, config) for e in every)
+    notes = [f"carrying {mtp} tensors of the multi-token-prediction layer"] if mtp else []
+    notes += checkpoint.notes(reader, config, mtp=False)
+
+    def write():
+        work = store.Work(destination, _fingerprint(reader, "hf-to-jax", dtype), resume)
+        if work.complete:
+            return work.rename()
+        done, total = 0, sum(size for *_, size in units)
+        _room(work, total - sum(size for unit, _, size in units if unit in work.done))
+        records = {}
+        for unit, run, size in units:
+            crc = work.done.get(unit, {}).get("crc")
+            if crc is None or not _intact(work, unit, run, crc):
+                arrays = {block.key: block.read() for block in run}
+                crc = _guarded(work, store.write_group, work.directory, unit, arrays)
+                del arrays
+                _guarded(work, work.note, unit, {"crc": crc})
+            for b in run:
+                whole = b.entry.oriented(b.entry.view)
+                record = records.setdefault(b.entry.name, {"dtype": str(b.dtype), "shape": whole, "pieces": []})
+                row, rows = (b.start[0], b.size[0]) if b.size else (0, 1)
+                record["pieces"].append({"group": unit, "key": b.key, "row": row, "rows": rows, "crc": crc[b.key]})
+            done += size
+            report(done, total, "")
+        for path in (work.directory / "weights").iterdir():
+            if path.name not in {unit for unit, *_ in units}:
+                shutil.rmtree(path)  # what Orbax had not finished when it was killed
+        manifest = {"format": store.FORMAT, "fused": reader.fused, "entries": records}
+        config_json = _config_json(source, dtype, any(e.quantized for e in every))
+        _guarded(work, work.finish, source, config_json, {store.MANIFEST: json.dumps(manifest)})
+
+    return Plan(units, notes, _closing(reader, write))
+
+
+def _intact(work: store.Work, unit: str, run: list[_Block], crc: dict[str, int]) -> bool:
+    """Whether a group that the journal calls finished holds what was written."""
+    arrays = store.Arrays(work.directory)
+    for block in run:
+        out = np.empty(block.entry.oriented(block.size), block.dtype)
+        try:
+            arrays.read_into(unit, block.key, out.shape, (0,) * out.ndim, out)
+        except UserError:
+            return False
+        if store.checksum(out) != crc.get(block.key):
+            return False
+    return True
+
+
+def _closing(reader, write):
+    def run():
+        with reader:
+            write()
+
+    return run
+
+
+def _config_json(source: Path, dtype: str | None, dequantized: bool) -> str:
+    """config.json as it is, or saying that the weights are no longer quantised or of another dtype."""
+    text = (source / "config.json").read_text(encoding="utf-8")
+    if dtype is None and not dequantized:
+        return text
+    data = json.loads(text)
+    if dequantized:
+        data.pop("quantization_config", None)
+    for name in [n for n in ("dtype", "torch_dtype") if n in data] or ["dtype"]:
+        data[name] = dtype or "bfloat16"
+    return json.dumps(data, indent=2) + "\n"
+
+
+@dataclasses.dataclass
+class _Tensor:
+    """A Hugging Face tensor to write: which parts of it come from which entries (whose view is transposed or not)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: list[tuple[Entry, bool, Part]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The tensor, row block by row block."""
+        columns = self.shape[1:]
+        step = max(1, PIECE // max(1, math.prod(columns) * self.dtype.itemsize))
+        for row in range(0, self.shape[0], step) if self.shape else (None,):
+            size = () if row is None else (min(step, self.shape[0] - row), *columns)
+            out = np.empty(size, self.dtype)
+            for entry, transposed, part in self.parts:
+                self._fill(out, row, entry, transposed, part)
+            yield out
+
+    def _fill(self, out, row, entry, transposed, part) -> None:
+        lead = len(part.at) - len(part.size)
+        if row is None:
+            low, high = part.start, part.start
+        else:
+            low = (max(row, part.start[0]), *part.start[1:])
+            ends = tuple(s + n for s, n in zip(part.start, part.size, strict=True))
+            high = (min(row + out.shape[0], ends[0]), *ends[1:])
+            if low[0] >= high[0]:
+                return
+        at = (*part.at[:lead], *(a + lo - s for a, lo, s in zip(part.at[lead:], low, part.start, strict=True)))
+        size = (*(1,) * lead, *(hi - lo for lo, hi in zip(low, high, strict=True)))
+        swap = (lambda t: (*t[:-2], t[-1], t[-2])) if transposed else (lambda t: t)
+        values = entry.read(swap(at), swap(size)).values
+        values = values.swapaxes(-1, -2) if transposed else values
+        where = tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True))
+        where = () if row is None else (slice(low[0] - row, high[0] - row), *where[1:])
+        out[where] = values.reshape(size[lead:])
+
+
+def _tensors(reader: store.Store, config: Config) -> list[_Tensor]:
+    """The Hugging Face tensors of one of our directories, in model order: the mapping table read backwards."""
+    every = {entry.name: entry for entry in entries(reader, config)}
+    found: dict[str, _Tensor] = {}
+    present = mapping.indexer_layers(reader.tensors, config)
+    for rule in mapping.TABLE:
+        for layer in rule.layers(config, present):
+            entry = every.pop(rule.entry(layer), None)
+            if entry is None:
+                continue
+            for part in mapping.parts(rule, layer, rule.view_shape(entry.view), config, reader.fused):
+                tensor = found.setdefault(part.name, _Tensor(part.name, part.shape, entry.dtype, []))
+                tensor.parts.append((entry, rule.transposed, part))
+    for name, entry in every.items():  # MTP tensors, under their own names
+        found[name] = _Tensor(name, entry.view, entry.dtype, [(entry, False, entry.parts[0])])
+
+    def place(tensor):
+        layer = mapping.layer_of(tensor.name)
+        return (-1 if "embed_tokens" in tensor.name else math.inf) if layer is None else layer
+
+    return sorted(found.values(), key=place)
+
+
+def jax_to_hf(source: Path, destination: Path, max_shard_size: int = 5 * 10**9, resume=False, progress=None) -> Plan:
+    """The Plan to write one of our directories as Hugging Face safetensors; its ``write()`` does it."""
+    _prepare(source, destination, "jax-to-hf")
+    config, report = Config.load(source), progress or (lambda done, total, note: None)
+    reader = checkpoint.open_source(source)
+    runs = list(_groups(((t, t.nbytes) for t in _tensors(reader, config)), max_shard_size))
+    single = len(runs) == 1
+    names = [f"model-{i:05}-of-{len(runs):05}.safetensors" for i in range(1, len(runs) + 1)]
+    names = ["model.safetensors"] if single else names
+    units = [(name, run, size) for name, (run, size) in zip(names, runs, strict=True)]
+
+    def write():
+        work = store.Work(destination, _fingerprint(reader, "jax-to-hf", max_shard_size), resume)
+        if work.complete:
+            return work.rename()
+        done, total = 0, sum(size for *_, size in units)
+        _room(work, total - sum(size for unit, _, size in units if unit in work.done))
+        for unit, run, size in units:
+            path = work.directory / unit
+            if unit not in work.done or not path.exists() or _file_crc(path) != work.done[unit]["crc"]:
+                crc = _guarded(work, _write_shard, path, run)
+                _guarded(work, work.note, unit, {"crc": crc})
+            done += size
+            report(done, total, "")
+        index = {t.name: unit for unit, run, _ in units for t in run}
+        index_json = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        last = {} if single else {safetensors.INDEX: index_json}
+        _guarded(work, work.finish, source, (source / "config.json").read_text(encoding="utf-8"), last)
+
+    return Plan(units, [], _closing(reader, write))
+
+
+def _write_shard(path: Path, run: list[_Tensor]) -> int:
+    """Write one safetensors file, flushed to the disk; returns its CRC-32."""
+    run = sorted(run, key=lambda t: -t.dtype.itemsize)  # wide elements first keep every tensor aligned
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for t in run:
+        header[t.name] = {
+            "dtype": safetensors.NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes],
+        }  # fmt: skip
+        offset += t.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as f:
+        first = struct.pack("<Q", len(raw)) + raw
+        f.write(first)
+        crc = zlib.crc32(first)
+        for t in run:
+            for block in t.blocks():
+                data = block.reshape(-1).view(np.uint8)
+                f.write(data)
+                crc = zlib.crc32(data, crc)
+        f.flush()
+        os.fsync(f.fileno())
+    return crc
+
+
+def _file_crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as f:
+        while data := f.read(1 << 24):
+            crc = zlib.crc32(data, crc)
+    return crc

@@ -1,0 +1,65 @@
+"""``ic-jax <command>``, also ``python -m ic_jax <command>``: finds the command's module and hands it the arguments."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+
+COMMANDS = {
+    "generate": "text from a prompt, streamed",
+    "chat": "a conversation in the terminal",
+    "serve": "an HTTP server with the OpenAI interface",
+    "search": "which layers can share their selection, without training",
+    "distill": "train the indexers that are kept to serve several layers",
+    "eval": "quality against the all-full pattern",
+    "bench": "speed at depth",
+    "plan": "memory and time of a model, before anything loads",
+    "info": "devices, versions, and which kernel runs where and why",
+}
+
+
+def available() -> dict[str, str]:
+    """The commands of this installation and what they do; imports none of them."""
+    return {name: text for name, text in COMMANDS.items() if importlib.util.find_spec(f"ic_jax.{name}")}
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {text}" for name, text in available().items()]
+    return "\n".join(
+        [
+            "usage: ic-jax [--version] <command> [flags]",
+            "",
+            *lines,
+            "",
+            "ic-jax <command> --help shows its flags; without --model a command runs on the embedded demo model.",
+        ]
+    )
+
+
+def main(argv=None) -> int:
+    """Exit status of the command named by the first argument; 2 when there is none of that name."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [None]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from . import __version__
+
+        print(f"ic-jax {__version__}")
+        return 0
+    if name is None:
+        print(usage(), file=sys.stderr)
+        return 2
+    commands = available()
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+        print(f"error: no command is called {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"ic_jax.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

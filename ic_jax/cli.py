@@ -1,0 +1,298 @@
+"""What every command shares: flags, one-line errors, status on stderr, tables, JSON, progress and peak memory.
+
+A command module has ``main(argv=None) -> int`` that calls ``run`` with its parser and its body. JAX is imported only
+when a command does its work, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+RULE = "=" * 10
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors and whose flags are never guessed from a prefix."""
+
+    def __init__(self, command: str, description: str, **kwargs):
+        super().__init__(prog=f"ic-jax {command}".strip(), description=description, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """``--debug`` and ``-q``."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the result only: no status, no statistics")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``load`` reads, and the common ones."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", metavar="DIR_OR_REPO", help="directory or Hugging Face repository (the embedded demo model)"
+    )
+    pattern = group.add_mutually_exclusive_group()
+    pattern.add_argument("--index-pattern", metavar="P", help="F or S for every layer, uniform:N, or all-full")
+    pattern.add_argument("--index-freq", type=positive, metavar="N", help="F every N layers, the Hugging Face rule")
+    pattern.add_argument("--dense", action="store_true", help="attend to every token and run no indexer")
+    group.add_argument("--index-offset", type=int, metavar="M", help="where --index-freq begins to count (2)")
+    group.add_argument("--mesh", metavar="AXES", help="devices along named axes, for instance data=1,tensor=8")
+    group.add_argument(
+        "--implementation", default="auto", choices=("auto", "reference", "gpu", "tpu"), help="kernels (auto)"
+    )
+    group.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and latents (bfloat16)"
+    )
+    group.add_argument(
+        "--index-dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), help="of index keys (as --dtype)"
+    )
+    group.add_argument("--max-context", type=positive, metavar="N", help="tokens a sequence may reach (the model's)")
+    group.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens of one step (by device)")
+    add_common_flags(parser)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``sampling`` reads, and ``-m``."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "-m", "--max-tokens", type=positive, default=256, metavar="N", help="tokens to generate at most (256)"
+    )
+    group.add_argument(
+        "--temp", type=float, default=0.0, metavar="T", help="temperature; 0 takes the likeliest token (0)"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of this probability (1)"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep this many tokens; 0 keeps all (0)")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P as likely as the first (0)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same tokens (0)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="STR", help="end before this text; may be repeated"
+    )
+
+
+def positive(text: str) -> int:
+    """An integer >= 1, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, not {text!r}")
+    return value
+
+
+def sampling(args: argparse.Namespace):
+    """SamplingParams of the sampling flags; UserError for values without sense."""
+    from .sampling import SamplingParams
+
+    fields = dict(temperature=args.temp, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, seed=args.seed)
+    return SamplingParams(**fields, stop=tuple(args.stop))
+
+
+def model_directory(args: argparse.Namespace) -> Path:
+    """Where the files of ``--model`` lie; a repository is fetched."""
+    if args.model is None:
+        from .config import DEMO_DIRECTORY
+
+        return DEMO_DIRECTORY
+    from . import checkpoint
+
+    return checkpoint.find(args.model)
+
+
+def pattern(args: argparse.Namespace, n_layers: int):
+    """What the pattern flags ask for: a Pattern, text for ``pattern.parse``, or None for the checkpoint's own."""
+    if args.index_offset is not None and args.index_freq is None:
+        raise UserError("--index-offset says where --index-freq begins to count; give --index-freq too")
+    if args.index_freq is None:
+        return args.index_pattern
+    from .pattern import Pattern
+
+    return Pattern.from_freq(n_layers, args.index_freq, 2 if args.index_offset is None else args.index_offset)
+
+
+def load(args: argparse.Namespace, console: Console):
+    """The LM that the model flags ask for, with progress on a terminal. Raises UserError before any weight is read."""
+    import ic_jax
+
+    from .config import Config
+
+    chosen = pattern(args, Config.load(model_directory(args)).num_hidden_layers)
+    with console.progress("loading", bytes_=True) as progress:
+        return ic_jax.load(
+            args.model, pattern=chosen, mesh=args.mesh, dtype=args.dtype,
+            index_dtype=args.index_dtype, implementation=args.implementation, max_context=args.max_context,
+            prefill_chunk=args.prefill_chunk, dense=args.dense, progress=progress,
+        )  # fmt: skip
+
+
+def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv=None) -> int:
+    """The exit status of a command: parse ``argv``, call ``body(args)``, and print a failure as one line on stderr.
+
+    0 done, 2 a mistake of the user or something this machine cannot do, 130 interrupted, 141 the reader of stdout left.
+    ``--debug`` prints the traceback as well. Other exceptions are defects and pass through.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # Text of a model may hold characters that the terminal's encoding lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        body(parser.parse_args(argv))
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, or the interpreter complains about it at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as e:
+        found = _explain(e)
+        if found is None:
+            raise
+        message, status = found
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return status
+
+
+def _explain(e: BaseException) -> tuple[str, int] | None:
+    """(message, exit status) of an exception that is no defect of the program."""
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(e, UserError | NotImplementedError):
+        return str(e) or "this is not implemented", 2
+    if "RESOURCE_EXHAUSTED" in str(e) or isinstance(e, MemoryError):
+        return "out of memory; try a smaller --max-context or --prefill-chunk, or --mesh over more devices", 2
+    return None
+
+
+class Console:
+    """Where a command writes: results to stdout, everything else to stderr, in process 0 only."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+
+    def status(self, line: str = "") -> None:
+        """A line of status or statistics on stderr; nothing when quiet."""
+        if not self.quiet and is_first_process():
+            print(line, file=sys.stderr, flush=True)
+
+    def complain(self, message: str) -> None:
+        """An ``error:`` line on stderr from which the command goes on; printed even when quiet."""
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        """Text to stdout as it is, at once."""
+        if text and is_first_process():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def json(self, value) -> None:
+        """One line of JSON on stdout; numbers that JSON lacks (NaN, infinity) become null."""
+        self.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+        """A markdown table on stdout."""
+        self.write(table(header, rows) + "\n")
+
+    @contextlib.contextmanager
+    def progress(self, title: str, bytes_: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+        """A callable ``report(done, total, note="")`` that draws a bar on a terminal; notes are lines."""
+        if self.quiet or not is_first_process() or not sys.stderr.isatty():
+            yield lambda done, total, note="": self.status(note) if note else None
+            return
+        from rich import console, progress
+
+        amount = progress.DownloadColumn() if bytes_ else progress.MofNCompleteColumn()
+        text = progress.TextColumn("{task.description}", markup=False)
+        columns = (text, progress.BarColumn(), amount, progress.TimeRemainingColumn())
+        screen = console.Console(stderr=True)
+        with progress.Progress(*columns, console=screen, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+
+            def report(done: int, total: int, note: str = "") -> None:
+                bar.update(task, completed=done, total=total)
+                if note:
+                    bar.console.print(note, markup=False, highlight=False)
+
+            yield report
+
+
+def is_first_process() -> bool:
+    """Whether this is process 0 of a distributed run (or the only one); does not start JAX."""
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A markdown table with aligned columns; a column of numbers is right-aligned."""
+    rows = [[_cell(v) for v in row] for row in rows]
+    header = [_cell(v) for v in header]
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError("every row needs as many cells as the header")
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(cells):
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _cell(value) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _is_number(text: str) -> bool:
+    # "86.02 ± 0.31" and "9.1 %" count; an empty cell or a dash is a missing number.
+    first = text.split(" ")[0]
+    try:
+        float(first)
+    except ValueError:
+        return text in ("", "-", "–")
+    return True
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def peak_memory_gb() -> float:
+    """The most memory used so far, in GB (1e9 bytes): of the fullest local device, or of this process on a CPU."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
+        return max(peaks) / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

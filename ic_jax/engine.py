@@ -1,0 +1,353 @@
+"""Load a model and generate: prefill in fixed chunks, then one compiled step a token with sampling on the device.
+
+    lm = ic_jax.load("path-or-repo", pattern="uniform:4")
+    for piece in lm.stream("Hello", max_tokens=64, seed=0): print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import cache as caches
+from . import checkpoint, model, sampling, sharding
+from . import pattern as patterns
+from .config import DEMO_DIRECTORY, Config
+from .errors import UserError
+from .pattern import Pattern
+from .sampling import SamplingParams
+from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One step of a stream: new text (may be empty while a character or a stop string is incomplete) and its token.
+
+    finish_reason is None until the last piece, then "stop" or "length". Rates are tokens per second so far.
+    """
+
+    text: str
+    token: int
+    finish_reason: str | None
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float
+
+
+class Engine:
+    """Compiled steps over one model: ``prefill`` and ``decode`` for a batch of sequences of different lengths.
+
+    slots: the pattern as ``Pattern.slots`` gives it, compiled in if a tuple, data if an int32 array. Programs are compiled once per (batch, chunk, cache size); cache
+    sizes grow in steps of at most a quarter, so there are few.
+    """
+
+    def __init__(
+        self, params, config: Config, slots, *, max_context: int, prefill_chunk: int, dtype, index_dtype=None,
+        dense=False, implementation="auto", mesh=None,
+    ):  # fmt: skip
+        self.params, self.config, self.slots = params, config, slots
+        self.max_context, self.prefill_chunk = max_context, prefill_chunk
+        self.dtype, self.index_dtype, self.mesh = dtype, index_dtype, mesh
+        self.n_slots = 0 if dense or not config.has_indexer else params["indexer"]["wk"].shape[0]
+        self.options = dict(dense=dense, implementation=implementation)
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple, Callable] = {}
+
+    def new_cache(self, batch: int, tokens: int) -> caches.Cache:
+        """A Cache for ``batch`` sequences of up to ``tokens`` tokens. UserError when it cannot fit in memory."""
+        pages = _round_up(caches.pages_for(tokens))
+        make = lambda: caches.allocate(
+            self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype
+        )
+        per_token = caches.bytes_per_token(self.config, self.n_slots, self.dtype, self.index_dtype)
+        need, free = per_token * batch * pages * caches.PAGE_SIZE, _free_bytes()
+        if free is not None and need > free:
+            fits = int(free // (per_token * batch))
+            raise UserError(
+                f"context {tokens} needs {need / 1e9:.1f} GB of cache per device, {free / 1e9:.1f} GB are free; "
+                f"try --max-context {max(fits // 1000 * 1000, 1)}"
+            )
+        shardings = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(make, out_shardings=shardings)()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: caches.Cache, *, keep: Callable | None = None):
+        """Run whole prompts, a chunk at a time: (logits float32 [B,W] after each prompt's last token, cache).
+
+        ``keep``: called with every chunk's (start, logits [B,S,W]) instead of computing last logits only.
+        """
+        lengths = np.array([len(p) for p in prompts])
+        last = [None] * len(prompts)
+        for start in range(0, lengths.max(), self.prefill_chunk):
+            # The last chunk is cut to a power of two, so that short prompts cost what they are.
+            size = min(self.prefill_chunk, 1 << max(int(lengths.max() - start - 1).bit_length(), 3))
+            ids, positions = np.zeros((len(prompts), size), np.int32), np.full((len(prompts), size), -1, np.int32)
+            for b, prompt in enumerate(prompts):
+                part = prompt[start : start + size]
+                ids[b, : len(part)] = part
+                positions[b, : len(part)] = np.arange(start, start + len(part))
+            out = self._run("prefill", ids, positions, cache, all_logits=keep is not None)
+            cache = out.cache
+            if keep is not None:
+                keep(start, out.logits)
+                continue
+            for b in np.flatnonzero((lengths > start) & (lengths <= start + size)):
+                last[b] = out.logits[b]
+        return (None if keep is not None else jnp.stack(last)), cache
+
+    def decode(self, token_B, positions_B, cache, params_B: sampling.Batch):
+        """One token a sequence: (next ids int32 [B], logits float32 [B,W], cache); position -1 marks an idle row."""
+        return self._run("decode", token_B, positions_B, cache, params_B)
+
+    def sample(self, logits_BW, positions_B, params_B: sampling.Batch):
+        """Token ids int32 [B] drawn for the positions after ``positions_B``."""
+        return self._run("sample", logits_BW, positions_B, params_B)
+
+    def _run(self, kind: str, *args, all_logits=False):
+        key = (kind, all_logits, *(a.shape for a in jax.tree.leaves(args)))
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = self._compile(kind, all_logits, args)
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key](*(() if kind == "sample" else (self.params,)), *args)
+
+    def _compile(self, kind, all_logits, args):
+        def prefill(params, ids_BS, positions_BS, cache):
+            return model.forward(
+                params, self.config, self.slots, ids_BS, positions_BS, cache, all_logits=all_logits, **self.options
+            )
+
+        def decode(params, token_B, positions_B, cache, params_B):
+            out = prefill(params, token_B[:, None], positions_B[:, None], cache)
+            return sample(out.logits, positions_B, params_B), out.logits, out.cache
+
+        def sample(logits_BW, positions_B, params_B):
+            seeds_B2, *filters = params_B
+            return sampling.sample(logits_BW, sampling.keys_at(seeds_B2, positions_B + 1), *filters)
+
+        if kind == "sample":
+            return jax.jit(sample).lower(*args).compile()
+        step = {"prefill": prefill, "decode": decode}[kind]
+        return jax.jit(step, donate_argnames="cache").lower(self.params, *args).compile()
+
+
+class LM:
+    """A loaded model with its tokenizer: ``stream``, ``chat``, ``generate`` and ``logits``. Made by ``ic_jax.load``."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, pattern: Pattern | None, name: str):
+        self.engine, self.tokenizer, self.pattern, self.name = engine, tokenizer, pattern, name
+        self.config, self.max_context = engine.config, engine.max_context
+        self.eos_ids = frozenset(tokenizer.eos_ids) | frozenset(self.config.eos_token_id)
+
+    @property
+    def compile_seconds(self) -> float:
+        return self.engine.compile_seconds
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a text, or the given ids checked against the vocabulary; UserError when empty or unknown."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids:
+            raise UserError("the prompt is empty")
+        if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise UserError(f"token id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return ids
+
+    def stream(
+        self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: SamplingParams | None = None, **fields
+    ) -> Iterator[Piece]:
+        """Yield Pieces of the continuation of ``prompt``; ``fields`` are SamplingParams' (temperature, top_p, seed…).
+
+        Raises UserError for an empty or too long prompt, unknown ids, or bad sampling values, before anything runs.
+        """
+        ids, params = self._check([self.encode(prompt)], max_tokens, sampling, fields)
+        return (pieces[0] for pieces in self._steps(ids, max_tokens, [params]) if pieces[0] is not None)
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 256,
+        sampling: SamplingParams | None = None, **fields,
+    ) -> list[str]:  # fmt: skip
+        """Texts of the continuations of several prompts of any lengths, run as one batch; arguments as ``stream``."""
+        ids, params = self._check([self.encode(p) for p in prompts], max_tokens, sampling, fields)
+        texts = [""] * len(ids)
+        for pieces in self._steps(ids, max_tokens, [params] * len(ids)):
+            for b, piece in enumerate(pieces):
+                texts[b] += piece.text if piece else ""
+        return texts
+
+    def chat(self, messages: list[dict], **options) -> str:
+        """The assistant's answer to ``messages`` ({"role", "content"}); options as ``stream``."""
+        return "".join(piece.text for piece in self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: list[dict], **options) -> Iterator[Piece]:
+        """``chat``, streamed. UserError when the tokenizer has no chat template."""
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self.stream(self.tokenizer.encode(text, add_special_tokens=False), **options)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits, float32 [T, vocabulary], of every position of ``token_ids``."""
+        ids = self.encode(token_ids)
+        self._check_length(len(ids), 0)
+        logits_TW = np.empty((len(ids), self.config.vocab_size), np.float32)
+
+        def keep(start, logits_BSW):
+            stop = min(start + logits_BSW.shape[1], len(ids))
+            logits_TW[start:stop] = np.asarray(logits_BSW[0, : stop - start])
+
+        self.engine.prefill([ids], self.engine.new_cache(1, len(ids)), keep=keep)
+        return logits_TW
+
+    def _check(self, prompts, max_tokens, sampling, fields):
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise UserError(f"max_tokens must be an integer >= 1, not {max_tokens!r}")
+        params = dataclasses.replace(sampling or SamplingParams(), **fields)
+        for ids in prompts:
+            self._check_length(len(ids), 1)
+        return prompts, params
+
+    def _check_length(self, prompt: int, new: int):
+        if prompt + new > self.max_context:
+            raise UserError(f"the prompt has {prompt} tokens, the context holds {self.max_context}")
+
+    def _steps(self, prompts, max_tokens, params) -> Iterator[list[Piece | None]]:
+        """For every step, one Piece a sequence, or None where it had already finished."""
+        B, lengths = len(prompts), np.array([len(p) for p in prompts])
+        budget = np.minimum(max_tokens, self.max_context - lengths)
+        cache = self.engine.new_cache(B, int((lengths + budget).max()))
+        batch = sampling.batch(params)
+        compiled, start = self.engine.compile_seconds, time.perf_counter()
+        logits_BW, cache = self.engine.prefill(prompts, cache)
+        token_B = self.engine.sample(logits_BW, jnp.asarray(lengths - 1, jnp.int32), batch)
+        token_B.block_until_ready()
+        prompt_seconds = time.perf_counter() - start - (self.engine.compile_seconds - compiled)
+        compiled, start = self.engine.compile_seconds, time.perf_counter()
+        texts = [_Text(self, ids, p) for ids, p in zip(prompts, params, strict=True)]
+        done = np.zeros(B, bool)
+        for step in range(int(budget.max())):
+            # The next step is under way while this one's token is fetched and turned into text.
+            positions = np.where(done | (step + 1 >= budget), -1, lengths + step).astype(np.int32)
+            ahead = None
+            if (positions >= 0).any():
+                ahead, _, cache = self.engine.decode(token_B, positions, cache, batch)
+            tokens = np.asarray(token_B)
+            seconds = time.perf_counter() - start - (self.engine.compile_seconds - compiled)
+            pieces: list[Piece | None] = [None] * B
+            for b in np.flatnonzero(~done):
+                text, reason = texts[b].add(int(tokens[b]), last=step + 1 >= budget[b])
+                done[b] = reason is not None
+                pieces[b] = Piece(
+                    text, int(tokens[b]), reason, int(lengths[b]), step + 1,
+                    float(lengths.sum() / prompt_seconds), float((step + 1) * B / seconds) if seconds > 0 else 0.0,
+                )  # fmt: skip
+            yield pieces
+            if done.all():
+                return
+            token_B = ahead
+
+
+class _Text:
+    """Tokens of one sequence to text, with stop tokens and stop strings."""
+
+    def __init__(self, lm: LM, prompt: Sequence[int], params: SamplingParams):
+        self.decoder, self.stops = StreamDecoder(lm.tokenizer, prompt), StopMatcher(params.stop)
+        self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else lm.eos_ids)
+
+    def add(self, token: int, last: bool) -> tuple[str, str | None]:
+        """(text to emit now, finish reason or None)."""
+        if token in self.end_ids:
+            return self.stops.feed(self.decoder.flush()) + self.stops.flush(), "stop"
+        text = self.stops.feed(self.decoder.add(token))
+        if not self.stops.stopped and last:
+            text += self.stops.feed(self.decoder.flush())
+        if self.stops.stopped:
+            return text, "stop"
+        return (text + self.stops.flush(), "length") if last else (text, None)
+
+
+def load(
+    path: str | None = None,
+    *,
+    pattern: Pattern | str | None = None,
+    mesh: str | None = None,
+    dtype: str = "bfloat16",
+    index_dtype: str | None = None,
+    implementation: str = "auto",
+    max_context: int | None = None,
+    prefill_chunk: int | None = None,
+    dense: bool = False,
+    progress: Callable | None = None,
+) -> LM:
+    """The LM at ``path``: a Hugging Face or converted directory, a hub repository, or None for the embedded demo.
+
+    Args:
+      pattern: which layers select (see ``pattern.parse``), None for the checkpoint's own.
+      mesh: "data=2,tensor=4", None for one device. dtype: of weights and latents.
+      index_dtype: of the index keys, "float8_e4m3fn" to halve them; None for ``dtype``.
+      dense: attend to every token, with no indexer. max_context: tokens a sequence may reach.
+
+    Raises UserError, before any weight is read, for everything that can be known by then.
+    """
+    directory = DEMO_DIRECTORY if path is None else checkpoint.find(path)
+    config = Config.load(directory)
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
+    if index_dtype not in (None, "bfloat16", "float32", "float8_e4m3fn"):
+        raise UserError(f"index_dtype must be bfloat16, float32 or float8_e4m3fn, not {index_dtype!r}")
+    if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
+        raise UserError(f"max_context must lie in 1..{config.max_position_embeddings}, not {max_context}")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UserError(f"prefill_chunk must be >= 1, not {prefill_chunk}")
+    chosen, layers = None, ()
+    if not dense and config.has_indexer:
+        chosen = config.pattern
+        if pattern is not None:
+            own = f"this checkpoint ships {chosen.n_full}F/{len(chosen.layers) - chosen.n_full}S; omit the flag to use it"
+            n = config.num_hidden_layers
+            chosen = patterns.parse(pattern, n, own) if isinstance(pattern, str) else pattern.for_layers(n, own)
+        layers = chosen.full_layers
+        chosen.slots(checkpoint.indexer_layers(directory, config))  # F only where there are indexer weights
+    elif pattern is not None:
+        why = "--dense runs no indexer" if dense else f"{config.model_type} at {directory} has no indexer"
+        raise UserError(f"an index pattern makes no sense here: {why}")
+    device_mesh = shardings = None
+    if mesh is not None:
+        sizes = sharding.parse_mesh(mesh)
+        sharding.check_mesh(config, sizes)
+        device_mesh = sharding.make_mesh(sizes)
+        shardings = sharding.param_shardings(device_mesh, model.abstract_params(config, len(layers), dtype)[1])
+    tokenizer = Tokenizer(directory)
+    params = checkpoint.load_params(directory, config, layers, dtype=dtype, shardings=shardings, progress=progress)
+    slots = chosen.slots(layers) if chosen else (-1,) * config.num_hidden_layers
+    if -1 in slots and chosen:
+        # A mixed pattern runs as data: measured no slower than compiled in, and it compiles in half the time.
+        slots = np.array(slots, np.int32)
+    engine = Engine(
+        params, config, slots,
+        max_context=max_context or config.max_position_embeddings,
+        prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else 4096),
+        dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
+    )  # fmt: skip
+    return LM(engine, tokenizer, chosen, "demo" if path is None else path.rstrip("/").split("/")[-1])
+
+
+def _round_up(pages: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20…: at most a quarter more."""
+    step = 1 << max(pages.bit_length() - 3, 0)
+    return -(-pages // step) * step
+
+
+def _free_bytes() -> int | None:
+    """Memory left on the first device (host memory for a CPU), None when unknown."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,142 @@
+"""The library on the demo model: streams are the greedy path of the teacher-forced logits, batches equal single runs."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import ic_jax
+from ic_jax.errors import UserError
+
+TEXT = "The following functions are defined in this module and they return a new string object " * 8
+
+
+@functools.cache
+def demo(**options):
+    return ic_jax.load(dtype="float32", max_context=1024, prefill_chunk=64, **dict(options))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return demo()
+
+
+@pytest.fixture(scope="module")
+def prompt(lm):
+    ids = lm.encode(TEXT)[:100]
+    assert len(ids) > lm.config.index_topk  # beyond top-k: the sparse path is what runs
+    return ids
+
+
+def tokens(lm, prompt, **options):
+    return [piece.token for piece in lm.stream(prompt, **options)]
+
+
+def test_greedy_stream_follows_the_teacher_forced_logits(lm, prompt):
+    out = tokens(lm, prompt, max_tokens=12, ignore_eos=True)
+    logits = lm.logits(prompt + out)
+    assert logits.shape == (len(prompt) + 12, lm.config.vocab_size) and logits.dtype == np.float32
+    np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(-1), out)
+
+
+def test_stream_pieces_join_to_the_decoded_text(lm, prompt):
+    pieces = list(lm.stream(prompt, max_tokens=12, ignore_eos=True))
+    assert "".join(p.text for p in pieces) == lm.tokenizer.decode([p.token for p in pieces])
+    assert [p.finish_reason for p in pieces] == [None] * 11 + ["length"]
+    assert pieces[-1].prompt_tokens == len(prompt) and pieces[-1].generation_tokens == 12
+    assert pieces[-1].prompt_tps > 0 and pieces[-1].generation_tps > 0
+
+
+def test_batch_of_different_lengths_equals_single_runs(lm, prompt):
+    prompts = [prompt, prompt[:10], prompt[:71]]
+    together = lm.generate(prompts, max_tokens=8)
+    alone = ["".join(p.text for p in lm.stream(ids, max_tokens=8)) for ids in prompts]
+    assert together == alone
+
+
+def test_seeds(lm, prompt):
+    hot = dict(max_tokens=12, temperature=1.5, ignore_eos=True)
+    assert tokens(lm, prompt, seed=1, **hot) == tokens(lm, prompt, seed=1, **hot) != tokens(lm, prompt, seed=2, **hot)
+
+
+def test_stop_string_ends_the_text_and_is_not_shown(lm, prompt):
+    whole = "".join(p.text for p in lm.stream(prompt, max_tokens=20, ignore_eos=True))
+    stop = whole[5:8]
+    pieces = list(lm.stream(prompt, max_tokens=20, ignore_eos=True, stop=(stop,)))
+    assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_stop_token_ends_the_stream(lm, prompt):
+    greedy = tokens(lm, prompt, max_tokens=6, ignore_eos=True)
+    pieces = list(lm.stream(prompt, max_tokens=6, ignore_eos=True, stop_token_ids=(greedy[2],)))
+    assert pieces[-1].finish_reason == "stop" and len(pieces) == greedy.index(greedy[2]) + 1
+
+
+def test_patterns_change_the_result_and_dense_runs_no_indexer(lm, prompt):
+    full = lm.logits(prompt)
+    quarter, dense = demo(pattern="uniform:4"), demo(dense=True)
+    assert quarter.pattern.layers.startswith("FSSSF") and dense.pattern is None
+    assert quarter.engine.params["indexer"]["wk"].shape[0] == quarter.pattern.n_full < lm.pattern.n_full
+    assert "indexer" not in dense.engine.params
+    for other in (quarter.logits(prompt), dense.logits(prompt)):
+        assert np.abs(other[lm.config.index_topk + 8 :] - full[lm.config.index_topk + 8 :]).max() > 1e-3
+        # Before top-k is passed every variant attends to everything.
+        np.testing.assert_allclose(other[: lm.config.index_topk], full[: lm.config.index_topk], atol=2e-3)
+
+
+def test_chat(lm):
+    text = lm.chat([{"role": "user", "content": "Hello"}], max_tokens=4)
+    assert isinstance(text, str)
+    with pytest.raises(UserError, match="non-empty list"):
+        lm.chat([])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: lm.stream(""), "prompt is empty"),
+        (lambda lm: lm.stream([]), "prompt is empty"),
+        (lambda lm: lm.stream([10**6]), "outside the vocabulary"),
+        (lambda lm: lm.stream([-1]), "outside the vocabulary"),
+        (lambda lm: lm.stream([1] * 1024), "has 1024 tokens, the context holds 1024"),
+        (lambda lm: lm.stream("x", max_tokens=0), "max_tokens"),
+        (lambda lm: lm.stream("x", temperature=-1), "temperature"),
+        (lambda lm: lm.stream("x", temperature=float("nan")), "temperature"),
+        (lambda lm: lm.logits([]), "prompt is empty"),
+    ],
+)
+def test_bad_calls_fail_before_anything_runs(lm, call, message):
+    with pytest.raises(UserError, match=message):
+        call(lm)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(pattern="FS"), r"--index-pattern has 2 characters, the model has \d+ layers \(this checkpoint ships"),
+        (dict(pattern="S" * 12), "layer 0 is S"),
+        (dict(pattern="uniform:2", dense=True), "--dense runs no indexer"),
+        (dict(path="/nonexistent/model"), "/nonexistent/model"),
+        (dict(dtype="float16"), "dtype must be"),
+        (dict(max_context=10**9), "max_context must lie in"),
+        (dict(mesh="tensor=3"), "mesh tensor=3 does not divide 4 attention heads; valid: 1,2,4"),
+        (dict(mesh="rows=2"), "write axis=size pairs"),
+        (dict(mesh="data=4096"), "needs 4096 devices"),
+    ],
+)
+def test_bad_loads_fail_before_weights(options, message, monkeypatch):
+    monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=message):
+        ic_jax.load(**options)
+
+
+def test_too_large_a_cache_is_refused_with_what_would_fit(lm, monkeypatch, prompt):
+    monkeypatch.setattr(ic_jax.engine, "_free_bytes", lambda: 10**6)
+    with pytest.raises(UserError, match=r"needs .* GB of cache per device, 0.0 GB are free; try --max-context"):
+        list(lm.stream(prompt))
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "expert=4", "tensor=2,expert=2"])
+def test_meshes_give_the_single_device_result(lm, prompt, mesh):
+    np.testing.assert_allclose(demo(mesh=mesh).logits(prompt), lm.logits(prompt), atol=2e-3)
