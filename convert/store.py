@@ -153,6 +153,8 @@ def write_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> d
 
 def _claim_room(directory: Path, nbytes: int) -> None:
     """OSError when ``directory`` has no room for a group: Orbax would say so in pages of tracebacks."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
     with tempfile.TemporaryFile(dir=directory) as f:
         os.posix_fallocate(f.fileno(), 0, nbytes + nbytes // 32 + (1 << 20))
 
