@@ -1,6 +1,7 @@
 """Model configuration: Hugging Face field names, every dialect of config.json resolved once, and the presets.
 
-Flow: config.json -> Config.from_hf -> everything else. A field that would change the computation and is not implemented is refused.
+Flow: config.json -> Config.from_hf -> everything else. A field that would change the computation and is not implemented
+is refused.
 """
 
 from __future__ import annotations
@@ -199,6 +200,7 @@ class Config:
                 "type": "yarn", "factor": r.factor, "original_max_position_embeddings": r.original_max_position,
                 "beta_fast": r.beta_fast, "beta_slow": r.beta_slow, "mscale": r.mscale, "mscale_all_dim": r.mscale_all_dim,
             }  # fmt: skip
+        out["num_key_value_heads"] = self.num_attention_heads  # transformers would assume another number
         out["mlp_layer_types"] = list(self.mlp_layer_types)
         out["eos_token_id"] = list(self.eos_token_id)
         names = {"glm_moe_dsa": "GlmMoeDsa", "deepseek_v32": "DeepseekV32", "glm4_moe_lite": "Glm4MoeLite"}

@@ -44,8 +44,8 @@ class Piece:
 class Engine:
     """Compiled steps over one model: ``prefill`` and ``decode`` for a batch of sequences of different lengths.
 
-    slots: the pattern as ``Pattern.slots`` gives it, compiled in if a tuple, data if an int32 array. Programs are compiled once per (batch, chunk, cache size); cache
-    sizes grow in steps of at most a quarter, so there are few.
+    slots: the pattern as ``Pattern.slots`` gives it, compiled in if a tuple, data if an int32 array.
+    Programs are compiled once per (batch, chunk, cache size); cache sizes grow in steps of at most a quarter.
     """
 
     def __init__(

@@ -22,13 +22,18 @@ _OPS = {
 def reason_against(op: str, backend: str, *args, platform: str | None = None, **kwargs) -> str | None:
     """Why ``backend`` ("gpu" or "tpu") cannot run ``op`` on these arguments (arrays or ShapeDtypeStructs); None if it can.
 
-    ``platform`` is the JAX platform to ask for, the default backend's when None.
+    ``platform`` is the JAX platform to ask for; None asks for this process's own device, its chip included.
     """
-    platform = platform or jax.default_backend()
     if backend not in _OPS[op]:
         return f"no {backend} kernel for {op} yet"
+    here = platform is None
+    platform = platform or jax.default_backend()
     if platform not in (backend, {"gpu": "cuda"}.get(backend)):
         return f"needs a {backend.upper()}, this process runs on {platform}"
+    if here and backend == "gpu":
+        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+        if capability != "9.0":
+            return f"needs a Hopper GPU (compute capability 9.0), found {capability}"
     return importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
 
 

@@ -118,7 +118,8 @@ def reference_loop(config, params, held, ids):
         qa, q, latent = attention.project(config, p, h, tables)
         ip = {k: v[held.index(i)] for k, v in params["indexer"].items()}
         iq, w = attention.index_queries(config, ip, h, qa, tables)
-        scores = jnp.einsum("bsit,bsi->bst", jax.nn.relu(jnp.einsum("bsij,btj->bsit", iq, attention.index_keys(config, ip, h, tables))), w)
+        dots = jnp.einsum("bsij,btj->bsit", iq, attention.index_keys(config, ip, h, tables))
+        scores = jnp.einsum("bsit,bsi->bst", jax.nn.relu(dots), w)
         scores = jnp.where(causal, scores, -jnp.inf)
         kth = jnp.sort(scores, -1)[..., -config.index_topk, None]
         mask = causal & (scores >= kth)
@@ -226,9 +227,9 @@ def test_selections_per_step_are_counted():
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         for slots in (config.pattern.slots(held), np.array(config.pattern.slots(held), np.int32)):
             calls.clear()
-            step = jax.jit(functools.partial(model.forward, c=config, **({"slots": slots} if isinstance(slots, tuple) else {})))
-            more = {} if isinstance(slots, tuple) else {"slots": slots}
-            step(params, ids_BS=ids, positions_BS=positions, cache=cache, **more).logits.block_until_ready()
+            # A function of its own, so that it is traced with the counter in place.
+            step = jax.jit(lambda *a, slots=slots: model.forward(a[0], config, slots, *a[1:]).logits)
+            step(params, ids, positions, cache).block_until_ready()
             jax.effects_barrier()
             assert len(calls) == config.pattern.n_full
     finally:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.test_util import check_grads
 
 import pallas_kernels
 from pallas_kernels import dispatch, reference
@@ -215,9 +216,29 @@ def test_sparse_mla_gradient_matches_finite_differences():
     def loss(q, pool):
         return pallas_kernels.sparse_mla(q, pool, 0, rows, scale=0.3, value_dim=16, implementation="reference")[0].sum()
 
-    from jax.test_util import check_grads
-
     check_grads(loss, (q, pool), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+@implementations
+def test_sparse_mla_gradient(implementation):
+    """Gradients of o and lse against the reference in float32; an empty query and -1 rows give zeros, not NaN."""
+    rng = np.random.default_rng(8)
+    B, S, H, K, M = 1, 3, 20, 128, 512
+    q, pool = (jnp.asarray(rng.standard_normal(s) * 0.5, jnp.bfloat16) for s in ((B, S, H, U), (2, M, U)))
+    rows = rng.permuted(np.tile(np.arange(M), (B, S, 1)), axis=-1)[..., :K].astype(np.int32)
+    rows[0, 1, ::2], rows[0, 2] = -1, -1
+    weight = jnp.asarray(rng.standard_normal((B, S, H, C)), jnp.float32)
+
+    def loss(q, pool, implementation):
+        o, lse = pallas_kernels.sparse_mla(q, pool, jnp.int32(1), rows, scale=0.05, implementation=implementation)
+        return (o.astype(jnp.float32) * weight).sum() + jnp.where(lse > -jnp.inf, lse, 0.0).sum()
+
+    got = jax.grad(loss, (0, 1))(q, pool, implementation)
+    want = jax.grad(loss, (0, 1))(q.astype(jnp.float32), pool.astype(jnp.float32), "reference")
+    for a, b in zip(got, want, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
+    assert (np.asarray(got[0][0, 2], np.float32) == 0).all() and (np.asarray(got[1][0], np.float32) == 0).all()
 
 
 def test_forced_implementation_says_why_it_cannot_run():

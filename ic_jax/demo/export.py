@@ -55,5 +55,5 @@ def save_hf(directory: Path, c: Config, params: dict) -> None:
     index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=0) + "\n")
     # transformers needs the number of key heads spelt out; MLA has one latent for all.
-    config = c.to_hf() | {"num_key_value_heads": c.num_attention_heads, "dtype": "bfloat16"}
+    config = c.to_hf() | {"dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
