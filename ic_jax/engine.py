@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -270,7 +271,7 @@ class _Text:
 
 
 def load(
-    path: str | None = None,
+    path: str | os.PathLike | None = None,
     *,
     pattern: Pattern | str | None = None,
     mesh: str | None = None,
@@ -292,7 +293,7 @@ def load(
 
     Raises UserError, before any weight is read, for everything that can be known by then.
     """
-    directory = DEMO_DIRECTORY if path is None else checkpoint.find(path)
+    directory = DEMO_DIRECTORY if path is None else checkpoint.find(os.fspath(path))
     config = Config.load(directory)
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
@@ -332,7 +333,7 @@ def load(
         prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else 4096),
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
-    return LM(engine, tokenizer, chosen, "demo" if path is None else path.rstrip("/").split("/")[-1])
+    return LM(engine, tokenizer, chosen, "demo" if path is None else os.path.basename(os.fspath(path).rstrip("/")))
 
 
 def _round_up(pages: int) -> int:
