@@ -109,6 +109,7 @@ def hf_to_jax(args) -> None:
 
     from . import transfer
 
+    Config.load(checkpoint.find(args.src, weights=False))
     source = checkpoint.find(args.src)
     _transfer(args, transfer.hf_to_jax(source, args.dst, args.dtype, args.resume, _progress))
 
@@ -141,8 +142,8 @@ def inspect(args) -> None:
 
     from . import mapping, safetensors
 
+    config = Config.load(checkpoint.find(args.dir, weights=False))
     directory = checkpoint.find(args.dir)
-    config = Config.load(directory)
     with checkpoint.open_source(directory) as source:
         kinds = collections.defaultdict(list)
         for name, tensor in source.tensors.items():
@@ -182,8 +183,8 @@ def verify(args) -> None:
 
     from . import transfer
 
+    config = Config.load(checkpoint.find(args.dir, weights=False))
     directory = checkpoint.find(args.dir)
-    config = Config.load(directory)
     with checkpoint.open_source(directory) as source:
         entries = transfer.entries(source, config)
         for note in checkpoint.notes(source, config):

@@ -37,9 +37,10 @@ BLOCK = 128  # rows and columns that share one FP8 scale
 Progress = Callable[[int, int, str], None]
 
 
-def find(path_or_repo: str) -> Path:
+def find(path_or_repo: str, weights: bool = True) -> Path:
     """The local directory of a model: an existing directory, or a Hugging Face repository, fetched to the hub's cache.
 
+    ``weights=False`` leaves a repository's weights where they are: enough for config.json, tokenizer and index.
     Raises UserError when it is neither, or when huggingface_hub (extra ``[hf]``) is absent.
     """
     path = Path(path_or_repo).expanduser()
@@ -57,7 +58,7 @@ def find(path_or_repo: str) -> Path:
         raise UserError(
             f"{path_or_repo} is not a local directory; to fetch it from the hub: pip install 'ic-jax[hf]'"
         ) from None
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(path_or_repo, allow_patterns=patterns))
     except Exception as e:  # the hub raises its own, the network's and the file system's errors

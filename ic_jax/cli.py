@@ -44,7 +44,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR_OR_REPO", help="directory or Hugging Face repository (the embedded demo model)"
     )
     pattern = group.add_mutually_exclusive_group()
-    pattern.add_argument("--index-pattern", metavar="P", help="F or S for every layer, uniform:N, or all-full")
+    pattern.add_argument("--index-pattern", metavar="P", help="F or S a layer, uniform:N, all-full, or a file of search")
     pattern.add_argument("--index-freq", type=positive, metavar="N", help="F every N layers, the Hugging Face rule")
     pattern.add_argument("--dense", action="store_true", help="attend to every token and run no indexer")
     group.add_argument("--index-offset", type=int, metavar="M", help="where --index-freq begins to count (2)")
@@ -112,7 +112,7 @@ def model_directory(args: argparse.Namespace) -> Path:
         return DEMO_DIRECTORY
     from . import checkpoint
 
-    return checkpoint.find(args.model)
+    return checkpoint.find(args.model, weights=False)
 
 
 def pattern(args: argparse.Namespace, n_layers: int):

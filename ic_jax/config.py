@@ -137,7 +137,7 @@ class Config:
     def from_hf(cls, hf: dict) -> Config:
         """The Config of a parsed config.json. Raises UserError naming the field that is missing, wrong or unsupported."""
         kind = hf.get("model_type")
-        if kind not in _DEFAULTS:
+        if not isinstance(kind, str) or kind not in _DEFAULTS:
             raise UserError(f"model_type {kind!r} is not supported; supported: {', '.join(_DEFAULTS)}")
         _refuse_unimplemented(hf)
         get = {**_COMMON, **_DEFAULTS[kind], **{k: v for k, v in hf.items() if v is not None}}
@@ -148,6 +148,18 @@ class Config:
             value = get[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"config.json: {name} must be an integer >= {least}, not {value!r}")
+            return value
+
+        def number(name):
+            value = get[name]
+            if not _is_number(value) or value <= 0:
+                raise UserError(f"config.json: {name} must be a number > 0, not {value!r}")
+            return float(value)
+
+        def flag(name, default):
+            value = get.get(name, default)
+            if not isinstance(value, bool):
+                raise UserError(f"config.json: {name} must be true or false, not {value!r}")
             return value
 
         n = integer("num_hidden_layers")
@@ -163,23 +175,27 @@ class Config:
             raise UserError("config.json: num_experts_per_tok exceeds n_routed_experts")
         if fields["n_routed_experts"] % fields["n_group"] or fields["topk_group"] > fields["n_group"]:
             raise UserError("config.json: n_group must divide n_routed_experts, and topk_group may not exceed it")
-        shares = kind != "deepseek_v32" and has_indexer
-        eos = get.get("eos_token_id", ())
+        eos = get.get("eos_token_id", [])
+        eos = tuple(eos) if isinstance(eos, list) else (eos,)
+        bos = get.get("bos_token_id")
+        for token in (*eos, *(() if bos is None else (bos,))):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < fields["vocab_size"]:
+                raise UserError(f"config.json: token id {token!r} is outside the vocabulary of {fields['vocab_size']}")
         return cls(
             model_type=kind,
             num_hidden_layers=n,
-            mlp_layer_types=_mlp_layer_types(n, get),
-            pattern=patterns.resolve(n, hf) if shares else Pattern.all_full(n),
-            routed_scaling_factor=float(get["routed_scaling_factor"]),
-            norm_topk_prob=bool(get["norm_topk_prob"]),
-            rms_norm_eps=float(get["rms_norm_eps"]),
+            mlp_layer_types=_mlp_layer_types(n, get, integer("first_k_dense_replace", 0)),
+            pattern=patterns.resolve(n, hf) if has_indexer else Pattern.all_full(n),
+            routed_scaling_factor=number("routed_scaling_factor"),
+            norm_topk_prob=flag("norm_topk_prob", True),
+            rms_norm_eps=number("rms_norm_eps"),
             has_indexer=has_indexer,
-            rope=_rope(get),
-            rope_interleave=bool(get.get("rope_interleave", True)),
-            indexer_rope_interleave=bool(get.get("indexer_rope_interleave", kind != "deepseek_v32")),
+            rope=_rope(get, hf),
+            rope_interleave=flag("rope_interleave", True),
+            indexer_rope_interleave=flag("indexer_rope_interleave", kind != "deepseek_v32"),
             num_nextn_predict_layers=integer("num_nextn_predict_layers", 0),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else (),
-            bos_token_id=get.get("bos_token_id"),
+            eos_token_id=eos,
+            bos_token_id=bos,
             **fields,
         )
 
@@ -191,7 +207,7 @@ class Config:
         if not self.has_indexer:
             for name in ("index_n_heads", "index_head_dim", "index_topk"):
                 del out[name]
-        elif self.model_type != "deepseek_v32":
+        elif self.model_type != "deepseek_v32" or self.pattern.n_full < self.num_hidden_layers:
             out["indexer_types"] = ["full" if c == "F" else "shared" for c in self.pattern.layers]
         r = self.rope
         out["rope_theta"] = r.theta
@@ -234,7 +250,7 @@ def _refuse_unimplemented(hf: dict) -> None:
     expected = {
         "attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": (False,), "hidden_act": ("silu",),
         "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "use_cache": (True, False),
-        "sliding_window": (), "logit_scale": (1.0,), "final_logit_softcapping": (), "attn_logit_softcapping": (),
+        "sliding_window": (), "swiglu_limit": (), "hidden_activation": ("silu",), "index_kpool": (), "logit_scale": (1.0,), "final_logit_softcapping": (), "attn_logit_softcapping": (),
         "partial_rotary_factor": (1.0,), "index_topk_method": (), "embedding_multiplier": (1.0,),
     }  # fmt: skip
     for name, values in expected.items():
@@ -242,34 +258,64 @@ def _refuse_unimplemented(hf: dict) -> None:
         if value is not None and value not in values:
             known = f"; only {' or '.join(map(repr, values))} is" if values else ""
             raise UserError(f"config.json: {name}={value!r} is not implemented{known}")
+    if kinds := sorted(set(map(str, hf.get("layer_types") or ())) - {"indexed_attention", "full_attention"}):
+        raise UserError(f"config.json: layer_types {', '.join(kinds)} are not implemented")
+    for name in ("compression_config", "quantization"):
+        if hf.get(name) is not None:
+            raise UserError(f"quantisation in config.json's {name} is not supported; supported: fp8 with 128x128 blocks, or none")
     heads = hf.get("num_attention_heads")
     if hf.get("num_key_value_heads") not in (None, heads):
         raise UserError("config.json: num_key_value_heads differs from num_attention_heads; MLA has one latent for all")
     quantization = hf.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method != "fp8":
+        given = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+        method = given.get("quant_method", given.get("quant_algo", given.get("bits")))
+        if method != "fp8" or given is not quantization:
             raise UserError(f"quantisation {method!r} is not supported; supported: fp8 with 128x128 blocks, or none")
         if quantization.get("weight_block_size", [128, 128]) != [128, 128]:
             raise UserError(f"fp8 weight_block_size {quantization['weight_block_size']} is not supported; only [128, 128]")
 
 
-def _mlp_layer_types(n: int, get: dict) -> tuple[str, ...]:
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mlp_layer_types(n: int, get: dict, dense: int) -> tuple[str, ...]:
     types = get.get("mlp_layer_types")
     if types is None:
-        dense = get["first_k_dense_replace"]
         return tuple("dense" if i < dense else "sparse" for i in range(n))
     if not isinstance(types, list | tuple) or len(types) != n or not set(types) <= {"dense", "sparse"}:
         raise UserError(f"config.json: mlp_layer_types must list 'dense' or 'sparse' for each of the {n} layers")
     return tuple(types)
 
 
-def _rope(get: dict) -> Rope:
+# What a rope dict may say; anything else might change the computation.
+_ROPE_KEYS = {
+    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "partial_rotary_factor", "max_position_embeddings",
+}  # fmt: skip
+
+
+def _rope(get: dict, hf: dict) -> Rope:
     # Two dialects: released checkpoints have rope_theta and rope_scaling, transformers 5 has rope_parameters.
-    parameters = get.get("rope_parameters") or {}
-    scaling = get.get("rope_scaling") or {}
-    given = {**scaling, **parameters}
-    kind = given.get("rope_type", given.get("type", "default"))
+    given: dict = {} if hf.get("rope_theta") is None else {"rope_theta": hf["rope_theta"]}
+    for name in ("rope_scaling", "rope_parameters"):
+        said = hf.get(name) or {}
+        if not isinstance(said, dict) or (unknown := sorted(set(said) - _ROPE_KEYS)):
+            what = f"has fields that are not implemented: {', '.join(unknown)}" if isinstance(said, dict) else "is no object"
+            raise UserError(f"config.json: {name} {what}")
+        said = {k: v for k, v in said.items() if v is not None}
+        if "type" in said:
+            said["rope_type"] = said.get("rope_type", said["type"])
+            del said["type"]
+        for key, value in said.items():
+            if given.get(key, value) != value:
+                raise UserError(f"config.json: {name} has {key} {value!r}, elsewhere it is {given[key]!r}; remove one of them")
+        given |= said
+    kind = given.get("rope_type", "default")
+    for key, value in given.items():
+        if key != "rope_type" and (not _is_number(value) or value < 0 or (value == 0 and not key.startswith("mscale"))):
+            raise UserError(f"config.json: {key} of the rope must be a number > 0, not {value!r}")
     theta = float(given.get("rope_theta", get["rope_theta"]))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not implemented for MLA rope")
@@ -283,10 +329,10 @@ def _rope(get: dict) -> Rope:
         theta=theta,
         factor=float(given["factor"]),
         original_max_position=int(given.get("original_max_position_embeddings", get["max_position_embeddings"])),
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
-        mscale=float(given.get("mscale") or 0),
-        mscale_all_dim=float(given.get("mscale_all_dim") or 0),
+        beta_fast=float(given.get("beta_fast", 32)),
+        beta_slow=float(given.get("beta_slow", 1)),
+        mscale=float(given.get("mscale", 0)),
+        mscale_all_dim=float(given.get("mscale_all_dim", 0)),
     )
 
 

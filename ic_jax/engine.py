@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels import dispatch
+
 from . import cache as caches
-from . import checkpoint, model, sampling, sharding
-from . import pattern as patterns
+from . import checkpoint, model, pattern_file, sampling, sharding
 from .config import DEMO_DIRECTORY, Config
 from .errors import UserError
 from .pattern import Pattern
@@ -30,7 +31,8 @@ from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
 class Piece:
     """One step of a stream: new text (may be empty while a character or a stop string is incomplete) and its token.
 
-    finish_reason is None until the last piece, then "stop" or "length". Rates are tokens per second so far.
+    finish_reason is None until the last piece, then "stop" or "length". Rates are tokens per second so far; the first
+    token belongs to the prompt, so one token alone has no rate of generation (0).
     """
 
     text: str
@@ -152,7 +154,11 @@ class LM:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text, or the given ids checked against the vocabulary; UserError when empty or unknown."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not isinstance(prompt, str):
+            ids = np.asarray(prompt)
+            if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+                raise UserError("a prompt is a text or a flat sequence of integer token ids")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else ids.tolist()
         if not ids:
             raise UserError("the prompt is empty")
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
@@ -174,6 +180,10 @@ class LM:
         sampling: SamplingParams | None = None, **fields,
     ) -> list[str]:  # fmt: skip
         """Texts of the continuations of several prompts of any lengths, run as one batch; arguments as ``stream``."""
+        if isinstance(prompts, str):
+            raise UserError("generate takes a list of prompts; for one, use stream")
+        if not len(prompts):
+            return []
         ids, params = self._check([self.encode(p) for p in prompts], max_tokens, sampling, fields)
         texts = [""] * len(ids)
         for pieces in self._steps(ids, max_tokens, [params] * len(ids)):
@@ -203,8 +213,14 @@ class LM:
         self.engine.prefill([ids], self.engine.new_cache(1, len(ids)), keep=keep)
         return logits_TW
 
+    def search(self, text, **options):
+        """Which layers can share their selection on ``text``; arguments and Result as ``ic_jax.search.search``."""
+        from .search import search
+
+        return search(self, text, **options)
+
     def _check(self, prompts, max_tokens, sampling, fields):
-        if not isinstance(max_tokens, int) or max_tokens < 1:
+        if not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise UserError(f"max_tokens must be an integer >= 1, not {max_tokens!r}")
         params = dataclasses.replace(sampling or SamplingParams(), **fields)
         for ids in prompts:
@@ -243,7 +259,7 @@ class LM:
                 done[b] = reason is not None
                 pieces[b] = Piece(
                     text, int(tokens[b]), reason, int(lengths[b]), step + 1,
-                    float(lengths.sum() / prompt_seconds), float((step + 1) * B / seconds) if seconds > 0 else 0.0,
+                    float(lengths.sum() / prompt_seconds), float(step * B / seconds) if seconds > 0 else 0.0,
                 )  # fmt: skip
             yield pieces
             if done.all():
@@ -286,14 +302,16 @@ def load(
     """The LM at ``path``: a Hugging Face or converted directory, a hub repository, or None for the embedded demo.
 
     Args:
-      pattern: which layers select (see ``pattern.parse``), None for the checkpoint's own.
+      pattern: which layers select (see ``pattern.parse``; or a file of ``ic-jax search``), None for the checkpoint's own.
       mesh: "data=2,tensor=4", None for one device. dtype: of weights and latents.
       index_dtype: of the index keys, "float8_e4m3fn" to halve them; None for ``dtype``.
       dense: attend to every token, with no indexer. max_context: tokens a sequence may reach.
 
-    Raises UserError, before any weight is read, for everything that can be known by then.
+    Raises UserError, before any weight is read (or fetched from a hub, where possible), for everything that can be known
+    by then; NotImplementedError when a forced implementation cannot run the model here.
     """
-    directory = DEMO_DIRECTORY if path is None else checkpoint.find(os.fspath(path))
+    directory = DEMO_DIRECTORY if path is None else checkpoint.find(os.fspath(path), weights=False)
+    name = pattern_file.model_name(None if path is None else os.fspath(path))
     config = Config.load(directory)
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
@@ -308,13 +326,18 @@ def load(
         chosen = config.pattern
         if pattern is not None:
             own = f"this checkpoint ships {chosen.n_full}F/{len(chosen.layers) - chosen.n_full}S; omit the flag to use it"
-            n = config.num_hidden_layers
-            chosen = patterns.parse(pattern, n, own) if isinstance(pattern, str) else pattern.for_layers(n, own)
+            parse = lambda: pattern_file.parse(pattern, config, name, own)
+            chosen = parse() if isinstance(pattern, str) else pattern.for_layers(config.num_hidden_layers, own)
         layers = chosen.full_layers
-        chosen.slots(checkpoint.indexer_layers(directory, config))  # F only where there are indexer weights
     elif pattern is not None:
         why = "--dense runs no indexer" if dense else f"{config.model_type} at {directory} has no indexer"
         raise UserError(f"an index pattern makes no sense here: {why}")
+    if implementation not in dispatch.IMPLEMENTATIONS:
+        raise UserError(f"implementation must be one of {', '.join(dispatch.IMPLEMENTATIONS)}, not {implementation!r}")
+    if implementation in ("gpu", "tpu"):
+        from . import info
+
+        info.implementations(config, implementation, dense=dense, dtype=dtype, index_dtype=index_dtype)
     device_mesh = shardings = None
     if mesh is not None:
         sizes = sharding.parse_mesh(mesh)
@@ -322,6 +345,10 @@ def load(
         device_mesh = sharding.make_mesh(sizes)
         shardings = sharding.param_shardings(device_mesh, model.abstract_params(config, len(layers), dtype)[1])
     tokenizer = Tokenizer(directory)
+    if path is not None:
+        directory = checkpoint.find(os.fspath(path))  # everything cheap is checked: now a repository's weights
+    if chosen:
+        chosen.slots(checkpoint.indexer_layers(directory, config))  # F only where there are indexer weights
     params = checkpoint.load_params(directory, config, layers, dtype=dtype, shardings=shardings, progress=progress)
     slots = chosen.slots(layers) if chosen else (-1,) * config.num_hidden_layers
     if -1 in slots and chosen:
@@ -333,7 +360,7 @@ def load(
         prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else 4096),
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
-    return LM(engine, tokenizer, chosen, "demo" if path is None else os.path.basename(os.fspath(path).rstrip("/")))
+    return LM(engine, tokenizer, chosen, name)
 
 
 def _round_up(pages: int) -> int:

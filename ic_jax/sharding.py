@@ -22,7 +22,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.partition("=")
         axis = axis.strip()
-        if axis not in MESH_AXES or axis in sizes or not size.strip().isdigit() or int(size) < 1:
+        if axis not in MESH_AXES or axis in sizes or not (size.strip().isascii() and size.strip().isdigit()) or int(size) < 1:
             raise UserError(f"--mesh {text!r}: write axis=size pairs of {', '.join(MESH_AXES)}, for instance tensor=2")
         sizes[axis] = int(size)
     return sizes
@@ -30,6 +30,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def check_mesh(config: Config, sizes: dict[str, int]) -> None:
     """Raises UserError naming the axis that does not divide the model, and the sizes that would."""
+    for axis in ("data", "context"):
+        if sizes.get(axis, 1) > 1:
+            raise UserError(f"mesh {axis}={sizes[axis]}: only tensor and expert are divided yet; leave {axis} out")
     divided = {
         "tensor": [
             (config.num_attention_heads, "attention heads"),

@@ -81,7 +81,17 @@ def blocks(name):
     return re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", text, re.S).group(1).strip().splitlines()
 
 
-def test_readme_commands_run():
+@pytest.fixture
+def no_pattern_file():
+    written = [ROOT / "pattern.json", ROOT / "pattern.json.jsonl"]
+    for path in written:
+        path.unlink(missing_ok=True)
+    yield
+    for path in written:
+        path.unlink(missing_ok=True)
+
+
+def test_readme_commands_run(no_pattern_file):
     for line in blocks("demo"):
         program, *argv = shlex.split(line, comments=True)
         module = {"python": None, "ic-jax": "ic_jax"}[program]

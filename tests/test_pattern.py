@@ -107,6 +107,8 @@ def test_presets_and_config_round_trip():
     assert preset("deepseek-v3.2").rope.softmax_factor == pytest.approx((0.1 * 3.688879454 + 1) ** 2)
     for name in PRESETS[:-1]:
         assert Config.from_hf(preset(name).to_hf()) == preset(name)
+        shared = preset(name).replace(pattern=Pattern.uniform(preset(name).num_hidden_layers, 4))
+        assert Config.from_hf(shared.to_hf()) == shared
     with pytest.raises(UserError, match="no preset"):
         preset("gpt-2")
 
@@ -124,6 +126,23 @@ def test_presets_and_config_round_trip():
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, r"\[64, 64\]"),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope'"),
         ({"mlp_layer_types": ["dense"]}, "each of the 78 layers"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}, "rope_scaling": {"type": "default"}}, "elsewhere it is 'default'"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}}, "elsewhere it is 500000"),
+        ({"rope_parameters": {"full_attention": {}}}, "not implemented: full_attention"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is no object"),
+        ({"rope_theta": float("nan")}, "rope must be a number"),
+        ({"layer_types": ["sliding_attention"] * 78}, "sliding_attention are not implemented"),
+        ({"swiglu_limit": 7.0}, "swiglu_limit=7.0 is not implemented"),
+        ({"quantization_config": "fp8"}, "quantisation 'fp8' is not"),
+        ({"quantization_config": {"quant_algo": "NVFP4"}}, "quantisation 'NVFP4'"),
+        ({"quantization": {"bits": 4}}, "config.json's quantization is not supported"),
+        ({"model_type": ["x"]}, "is not supported"),
+        ({"first_k_dense_replace": "3"}, "first_k_dense_replace must be an integer"),
+        ({"routed_scaling_factor": "x"}, "routed_scaling_factor must be a number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number > 0"),
+        ({"eos_token_id": ["x"]}, "token id 'x' is outside"),
+        ({"eos_token_id": 10**9}, "token id 1000000000 is outside"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
         ({"hidden_size": "6144"}, "hidden_size must be an integer"),
         ({"kv_lora_rank": None}, "kv_lora_rank is missing"),
         ({"num_key_value_heads": 8}, "one latent for all"),
