@@ -250,7 +250,8 @@ def _refuse_unimplemented(hf: dict) -> None:
     expected = {
         "attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": (False,), "hidden_act": ("silu",),
         "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "use_cache": (True, False),
-        "sliding_window": (), "swiglu_limit": (), "hidden_activation": ("silu",), "index_kpool": (), "logit_scale": (1.0,), "final_logit_softcapping": (), "attn_logit_softcapping": (),
+        "sliding_window": (), "swiglu_limit": (), "hidden_activation": ("silu",), "index_kpool": (),
+        "logit_scale": (1.0,), "final_logit_softcapping": (), "attn_logit_softcapping": (),
         "partial_rotary_factor": (1.0,), "index_topk_method": (), "embedding_multiplier": (1.0,),
     }  # fmt: skip
     for name, values in expected.items():
@@ -262,7 +263,7 @@ def _refuse_unimplemented(hf: dict) -> None:
         raise UserError(f"config.json: layer_types {', '.join(kinds)} are not implemented")
     for name in ("compression_config", "quantization"):
         if hf.get(name) is not None:
-            raise UserError(f"quantisation in config.json's {name} is not supported; supported: fp8 with 128x128 blocks, or none")
+            raise UserError(f"config.json's {name} is not supported; supported: fp8 with 128x128 blocks, or none")
     heads = hf.get("num_attention_heads")
     if hf.get("num_key_value_heads") not in (None, heads):
         raise UserError("config.json: num_key_value_heads differs from num_attention_heads; MLA has one latent for all")
@@ -310,7 +311,8 @@ def _rope(get: dict, hf: dict) -> Rope:
             del said["type"]
         for key, value in said.items():
             if given.get(key, value) != value:
-                raise UserError(f"config.json: {name} has {key} {value!r}, elsewhere it is {given[key]!r}; remove one of them")
+                other = f"elsewhere it is {given[key]!r}"
+                raise UserError(f"config.json: {name} has {key} {value!r}, {other}; remove one of them")
         given |= said
     kind = given.get("rope_type", "default")
     for key, value in given.items():

@@ -22,7 +22,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.partition("=")
         axis = axis.strip()
-        if axis not in MESH_AXES or axis in sizes or not (size.strip().isascii() and size.strip().isdigit()) or int(size) < 1:
+        whole = size.strip().isascii() and size.strip().isdigit()
+        if axis not in MESH_AXES or axis in sizes or not whole or int(size) < 1:
             raise UserError(f"--mesh {text!r}: write axis=size pairs of {', '.join(MESH_AXES)}, for instance tensor=2")
         sizes[axis] = int(size)
     return sizes

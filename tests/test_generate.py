@@ -83,7 +83,7 @@ def blocks(name):
 
 @pytest.fixture
 def no_pattern_file():
-    written = [ROOT / "pattern.json", ROOT / "pattern.json.jsonl"]
+    written = [ROOT / "pattern.json", ROOT / "pattern.jsonl"]
     for path in written:
         path.unlink(missing_ok=True)
     yield

@@ -27,8 +27,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import attention, model, moe
-from ..attention import linear, rms_norm, rope
+from ..attention import linear, rms_norm
 from ..config import Config, Rope
+from ..distill_loss import attend, cast, index_scores, keys_values, kl, queries, select
 from ..pattern import Pattern
 from . import corpus
 
@@ -55,63 +56,6 @@ class Signals(NamedTuple):
 
     index_loss_L: jax.Array
     load_LE: jax.Array
-
-
-def select(scores_BST, causal_ST, k: int):
-    """bool [B,S,T]: the k best earlier positions of each query by (score descending, position ascending).
-
-    Finds the k-th score by bisection over the bits of the floats: no sort, and the memory of one counter.
-    """
-    bits = lax.bitcast_convert_type(jnp.where(scores_BST == 0, 0.0, scores_BST), jnp.uint32)
-    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-    ordered = jnp.where(causal_ST, ordered, jnp.uint32(0))
-    count = lambda mask: mask.sum(-1, dtype=jnp.int32)[..., None]
-
-    def lower(i, kth):
-        trial = kth | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(count(ordered >= trial) >= k, trial, kth)
-
-    kth = lax.fori_loop(0, 32, lower, jnp.zeros_like(ordered[..., :1]))
-    above, ties = ordered > kth, (ordered == kth) & causal_ST
-    room, at_T = k - count(above), jnp.arange(scores_BST.shape[-1])
-
-    def extend(i, end):  # the longest prefix of positions whose ties still have room
-        trial = end + (1 << (at_T.size.bit_length() - 1 - i))
-        return jnp.where(count(ties & (at_T < trial)) <= room, trial, end)
-
-    end = lax.fori_loop(0, at_T.size.bit_length(), extend, jnp.zeros_like(room))
-    return above | (ties & (at_T < end))
-
-
-def index_scores(c: Config, p, h_BSD, qa_BSQ, tables):
-    """float32 [B,S,T] scores of one layer's indexer."""
-    q_BSIJ, w_BSI = attention.index_queries(c, p, h_BSD, qa_BSQ, tables)
-    k_BTJ = attention.index_keys(c, p, h_BSD, tables)
-    dots = jnp.einsum("bsij,btj->bist", q_BSIJ, k_BTJ, preferred_element_type=jnp.float32)
-    return (jax.nn.relu(dots) * w_BSI.transpose(0, 2, 1)[..., None]).sum(1)
-
-
-def attend(c: Config, p, h_BSD, q_BSHN, mask_BST, tables):
-    """MLA in its expanded form: output [B,S,D], and attention averaged over heads, float32 [B,S,T]."""
-    (B, S, _), C = h_BSD.shape, c.kv_lora_rank
-    kv = linear(h_BSD, p["kv_a_proj_with_mqa"])
-    latent_BTC = rms_norm(kv[..., :C], p["kv_a_layernorm"], 1e-6)
-    k_rope = rope(kv[..., None, C:], tables, c.rope_interleave)
-    k_rope = jnp.broadcast_to(k_rope, (*q_BSHN.shape[:3], c.qk_rope_head_dim))
-    k_BTHN = jnp.concatenate([jnp.einsum("btc,hnc->bthn", latent_BTC, p["k_b_proj"]), k_rope], -1)
-    v_BTHV = jnp.einsum("btc,hvc->bthv", latent_BTC, p["v_b_proj"])
-    scores = jnp.einsum("bshn,bthn->bhst", q_BSHN, k_BTHN, preferred_element_type=jnp.float32) * c.softmax_scale
-    p_BHST = jax.nn.softmax(jnp.where(mask_BST[:, None], scores, -jnp.inf), -1)
-    o = jnp.einsum("bhst,bthv->bshv", p_BHST.astype(h_BSD.dtype), v_BTHV)
-    return linear(o.reshape(B, S, -1), p["o_proj"]), p_BHST.mean(1)
-
-
-def kl(p_BST, scores_BST, mask_BST):
-    """Mean over queries of KL(p || softmax(scores)) on the mask, in nats; p is a constant."""
-    log_q = jax.nn.log_softmax(jnp.where(mask_BST, scores_BST, -jnp.inf), -1)
-    p_BST = lax.stop_gradient(p_BST)
-    terms = jnp.where(mask_BST & (p_BST > 0), p_BST * (jnp.log(jnp.maximum(p_BST, 1e-30)) - log_q), 0.0)
-    return terms.sum(-1).mean()
 
 
 def experts(c: Config, p, x_BSD):
@@ -149,22 +93,21 @@ def train_forward(params: dict, c: Config, ids_BS, *, slots, sparse: bool, index
         x_BSD, scores_BST, mask_BST = carry
         p, p_ffn, slot = xs
         h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
-        qa_BSQ = rms_norm(linear(h_BSD, p["q_a_proj"]), p["q_a_layernorm"], 1e-6)
-        q = linear(qa_BSQ, p["q_b_proj"]).reshape(B, S, c.num_attention_heads, -1)
-        N = c.qk_nope_head_dim
-        q_BSHN = jnp.concatenate([q[..., :N], rope(q[..., N:], tables, c.rope_interleave)], -1)
+        qa_BSQ, q_BSHN = queries(c, p, h_BSD, tables)
 
         def refresh():
             p_index = jax.tree.map(lambda a: a[slot], params["indexer"])
-            scores = index_scores(c, p_index, lax.stop_gradient(h_BSD), lax.stop_gradient(qa_BSQ), tables)
+            h, qa = lax.stop_gradient((h_BSD, qa_BSQ))
+            k_BTJ = attention.index_keys(c, p_index, h, tables)
+            scores = index_scores(*attention.index_queries(c, p_index, h, qa, tables), k_BTJ)
             return scores, select(lax.stop_gradient(scores), causal_ST, c.index_topk) if sparse else mask_BST
 
         if scored:
             fresh = refresh() if all_full else lax.cond(slot >= 0, refresh, lambda: (scores_BST, mask_BST))
             scores_BST, mask_BST = fresh[0], checkpoint_name(fresh[1], "selection")
-        o_BSD, p_BST = attend(c, p, h_BSD, q_BSHN, mask_BST, tables)
-        loss = kl(p_BST, scores_BST, mask_BST) if index_loss else jnp.float32(0)
-        x_BSD = x_BSD + o_BSD
+        o_BSHV, p_BST = attend(c, q_BSHN, *keys_values(c, p, h_BSD, tables), mask_BST)
+        loss = kl(p_BST, scores_BST, mask_BST).mean() if index_loss else jnp.float32(0)
+        x_BSD = x_BSD + linear(o_BSHV.reshape(B, S, -1), p["o_proj"])
         h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
         y_BSD, load = (moe.mlp(p_ffn, h_BSD), None) if kind == "dense" else experts(c, p_ffn, h_BSD)
         carried = carry[1:] if all_full else (scores_BST, mask_BST)
@@ -211,12 +154,6 @@ def init(c: Config, seed: int) -> dict:
         return jnp.asarray(rng.standard_normal(a.shape, np.float32) * std)
 
     return jax.tree.map_with_path(make, shapes)
-
-
-def cast(params, dtype=jnp.bfloat16):
-    """The dtypes of a checkpoint: the key norm and the router's bias stay float32."""
-    keep = ("k_norm_weight", "k_norm_bias", "e_score_correction_bias")
-    return jax.tree.map_with_path(lambda path, a: a if path[-1].key in keep else a.astype(dtype), params)
 
 
 def optimizer():

@@ -1,0 +1,202 @@
+"""Files of a distillation: the saved training state, the loss table, and the checkpoint that comes out.
+
+    OUT.incomplete/distill.json    what the run was begun with
+    OUT.incomplete/losses.csv      the table up to the last saved state
+    OUT.incomplete/state/N         Orbax checkpoint of the state after step N; the last one, or two while saving
+    OUT.incomplete/model           the result while it is being written; renamed to OUT at the end
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import safetensors, store, transfer
+
+from . import checkpoint
+from .config import Config
+from .demo.export import hf_tensors
+from .distill_loss import cast
+from .errors import UserError
+
+SETTINGS, TABLE = "distill.json", "losses.csv"
+COLUMNS = ("step", "stage", "lr", "index_loss", "lm_loss", "seconds")
+SHARD_BYTES = 5 * 10**9
+_COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json", "LICENSE*", "additional_chat_templates/*",
+)  # fmt: skip
+
+
+def one_line(write):
+    """``write`` with failures of the file system and of Orbax, whose errors are of many kinds, as one UserError."""
+
+    @functools.wraps(write)
+    def guarded(self, *args):
+        try:
+            return write(self, *args)
+        except UserError:
+            raise
+        except Exception as e:
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {store.first_line(e)}"
+            raise UserError(f"{write.__name__} in {self.directory} failed ({reason}); continue with --resume") from e
+
+    return guarded
+
+
+class Work:
+    """The directory a distillation works in. ``about``: what a resumed run must have in common with it.
+
+    Raises UserError when the destination or an unfinished run is in the way, or was begun with other settings.
+    """
+
+    def __init__(self, destination: Path, about: dict, resume: bool):
+        self.destination = Path(destination).absolute()
+        self.directory = self.destination.with_name(self.destination.name + store.INCOMPLETE)
+        path = self.directory / SETTINGS
+        if self.destination.exists():
+            raise UserError(f"{destination} already exists; give another --out")
+        if not self.destination.parent.is_dir():
+            raise UserError(f"--out {destination}: {self.destination.parent} does not exist")
+        if self.directory.exists() and not path.exists():
+            raise UserError(f"{self.directory} is in the way, and no distillation; delete it or give another --out")
+        if self.directory.exists() and not resume:
+            raise UserError(f"{self.directory} holds an unfinished run; continue it with --resume, or delete it")
+        if not self.directory.exists():
+            aside = self.directory.with_name(self.directory.name + ".new")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            store.write_text(aside / SETTINGS, json.dumps(about, indent=1) + "\n")
+            os.replace(aside, self.directory)
+            return
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if other := [name for name in about if begun.get(name) != about[name]]:
+            was = ", ".join(f"{name} was {begun.get(name)}, now {about[name]}" for name in other)
+            raise UserError(f"{self.directory} was begun with other settings: {was}; delete it to start again")
+
+    def latest(self) -> int | None:
+        """The step after which the last state was saved whole; None when there is none."""
+        states = self.directory / "state"
+        found = [int(p.name) for p in states.iterdir() if p.name.isdecimal()] if states.is_dir() else []
+        return max(found, default=None)
+
+    @one_line
+    def save(self, n: int, state: dict, rows: list[dict]) -> None:
+        """Save the state after step ``n`` and the table; then delete the states before it."""
+        import orbax.checkpoint as ocp
+
+        path = self.directory / "state" / str(n)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state, force=True)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        store.write_text(self.directory / TABLE, text.getvalue())
+        for other in path.parent.iterdir():
+            if other.name != str(n):
+                shutil.rmtree(other)
+
+    def restore(self, n: int, shapes: dict, sharding) -> dict:
+        """The state after step ``n``, of ``shapes``, placed by ``sharding``."""
+        import orbax.checkpoint as ocp
+
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+        path = self.directory / "state" / str(n)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(path, target)
+        except Exception as e:  # Orbax and TensorStore raise errors of many kinds
+            raise UserError(f"{path} cannot be read: {store.first_line(e)}; delete {self.directory}") from e
+
+    def rows(self, n: int) -> list[dict]:
+        """The table up to step ``n``; a table that is not there is empty."""
+        path = self.directory / TABLE
+        if not path.exists():
+            return []
+        kinds = dict(zip(COLUMNS, (int, str, float, float, float, float), strict=True))
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{k: kinds[k](v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        return [row for row in rows if row["step"] <= n]
+
+    @one_line
+    def finish(self, source: Path, config: Config, params: dict) -> None:
+        """Write the checkpoint of ``config``, put it in place, and delete the training state."""
+        target = self.directory / "model"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        write_model(target, source, config, params)
+        shutil.copyfile(self.directory / TABLE, target / TABLE)
+        for path in target.rglob("*"):
+            store.sync(path)
+        store.sync(target)
+        os.replace(target, self.destination)
+        store.sync(self.destination.parent)
+        shutil.rmtree(self.directory)
+
+
+@dataclasses.dataclass
+class _Tensor:
+    """What ``transfer`` writes into a shard."""
+
+    name: str
+    value: np.ndarray
+
+    shape = property(lambda self: self.value.shape)
+    dtype = property(lambda self: self.value.dtype)
+    nbytes = property(lambda self: self.value.nbytes)
+
+    def blocks(self):
+        yield np.ascontiguousarray(self.value)
+
+
+def write_model(target: Path, source: Path, config: Config, params: dict) -> None:
+    """Write params as a Hugging Face checkpoint of ``config``: weights in the dtype of ``source``, FP8 as bfloat16."""
+    with checkpoint.open_source(source) as reader:
+        first = "embed_tokens" if reader.native else "model.embed_tokens.weight"
+        dtype = "float32" if reader.dtype(first) == np.float32 else "bfloat16"
+    host = jax.tree.map(np.asarray, cast(params, jnp.dtype(dtype)))
+    tensors = [_Tensor(name, value) for name, value in hf_tensors(config, host).items()]
+    shards: list[list[_Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for name, shard in zip(names, shards, strict=True):
+        transfer._write_shard(target / name, shard)
+    if len(shards) > 1:
+        places = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": places}
+        store.write_text(target / safetensors.INDEX, json.dumps(index, indent=2) + "\n")
+    for pattern in _COPIED:
+        for path in sorted(source.glob(pattern)):
+            place = target / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+    store.write_text(target / "config.json", json.dumps(config_json(source, config, dtype), indent=2) + "\n")
+
+
+def config_json(source: Path, config: Config, dtype: str) -> dict:
+    """The source's config.json, which states the new pattern; of MTP layers and quantisation nothing is left."""
+    data = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for name in ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "quantization_config"):
+        data.pop(name, None)
+    if config.model_type != "deepseek_v32":
+        data["indexer_types"] = ["full" if letter == "F" else "shared" for letter in config.pattern.layers]
+    if config.num_nextn_predict_layers:
+        data["num_nextn_predict_layers"] = 0
+    for name in [n for n in ("dtype", "torch_dtype") if n in data] or ["dtype"]:
+        data[name] = dtype
+    return data

@@ -1,0 +1,377 @@
+"""TPU kernels without a TPU: the cases of test_ops.py in interpret mode with race detection, and compilation by libtpu.
+
+Interpret mode checks the algorithm on the CPU; libtpu compiles for v5e, v5p, v6e and 7x without a chip and checks every
+constraint of the hardware. What a kernel cannot run it refuses with a reason, which is tested too.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server which chip it runs on
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip: several processes may
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from test_ops import C, J, U, _pool, _rows, _signed
+
+from pallas_kernels import index_topk_tpu, reference, sparse_mla_tpu, topk_tpu
+
+PAGE = 256
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+S = jax.ShapeDtypeStruct
+bf16 = jnp.bfloat16
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Pallas TPU calls inside run in the interpreter; a race between DMAs and accesses fails the test."""
+    with sparse_mla_tpu.interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+        assert not interpret_pallas_call.races.races_found
+
+
+def _index_topk(*args, **kwargs):
+    with interpreted():
+        return jax.tree.map(np.asarray, jax.block_until_ready(index_topk_tpu.index_topk(*args, **kwargs)))
+
+
+def _sparse_mla(q, pool, layer, rows, scale):
+    with interpreted():
+        out = sparse_mla_tpu.sparse_mla(q, sparse_mla_tpu.pack_rows(pool), layer, rows, scale=scale, value_dim=C)
+        return jax.tree.map(np.asarray, jax.block_until_ready(out))
+
+
+# Interpret mode
+
+
+@pytest.mark.parametrize("k", [64, 128])
+def test_selection_is_exact_on_given_scores(k):
+    """Every row of test_ops at once, a sequence each; queries around the k boundary, a padding query and the whole row."""
+    names, rows = zip(*_rows(), strict=True)
+    signed = [_signed(row, bf16) for row in rows]
+    lengths = [len(row) for row in rows]
+    pool, table = _pool(np.random.default_rng(1), lengths, lambda b, n: signed[b][0], J, bf16)
+    positions = np.array([[0, k - 2, k - 1, k, 300, -1, n - 1] for n in lengths], np.int32)
+    many = positions.shape[1]
+    q = jnp.stack([jnp.tile(q, (many, 1, 1)) for _, q, _ in signed])
+    w = jnp.stack([jnp.tile(w, (many, 1)) for *_, w in signed])
+    args = (q, w, (pool, None), 1, table, positions, np.array(lengths, np.int32))
+    found, count = _index_topk(*args, k=k, page_size=PAGE)
+    for b, name in enumerate(names):
+        for s, position in enumerate(positions[b]):
+            want = oracle.select(rows[b][: position + 1], k)
+            np.testing.assert_array_equal(found[b, s], want, err_msg=f"{name}, position {position}")
+            assert count[b, s] == min(position + 1, k)
+
+
+def test_topk_over_several_groups_and_bad_values():
+    """33,000 positions (three compaction groups) with ties that straddle them, NaN, infinities and short rows."""
+    rng = np.random.default_rng(2)
+    n, k = 33_000, 256
+    scores = rng.standard_normal((9, n)).astype(np.float32)
+    scores[0, 5::7] = np.nan
+    scores[1] = 0.5
+    scores[2] = np.round(scores[2] * 4) / 4
+    scores[3, 100:] = -np.inf
+    scores[4, ::300] = np.inf
+    scores[5] = np.float32(1) + rng.integers(0, 4, n).astype(np.float32) * np.float32(2**-23)
+    limits = np.array([n, n, n, n, n, n, 20_000, k, 0], np.int32)
+    with interpreted():
+        found, count = topk_tpu.topk(jnp.asarray(scores), jnp.asarray(limits), k=k)
+        found = np.asarray(found)
+    canonical = np.asarray(reference.canonical(jnp.asarray(scores)))
+    for r, limit in enumerate(limits):
+        best = np.sort(np.argsort(-canonical[r, :limit], kind="stable")[:k])
+        np.testing.assert_array_equal(found[r], np.pad(best, (0, k - len(best)), constant_values=-1), err_msg=f"row {r}")
+    np.testing.assert_array_equal(count, np.minimum(limits, k))
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [("bfloat16", 4), ("float8_e4m3fn", 6)])
+def test_scores_and_selection_on_random_keys(dtype, heads):
+    rng = np.random.default_rng(2)
+    lengths, k, many = [900, 37, 520], 64, 9  # ragged, one shorter than k, no multiple of the block of queries
+    pool, table = _pool(rng, lengths, lambda b, n: rng.standard_normal((n, J)), J, dtype)
+    scales = jnp.asarray(rng.uniform(0.5, 2, pool.shape[:2]), jnp.float32) if dtype.startswith("float8") else None
+    q = jnp.asarray(rng.standard_normal((3, many, heads, J)), dtype)
+    w = jnp.asarray(rng.standard_normal((3, many, heads)), jnp.float32)
+    positions = np.stack([np.arange(n - many, n) for n in lengths]).astype(np.int32)
+    positions[2, 3:] = -1
+    args = (q, w, (pool, scales), 1, table, positions, np.array(lengths, np.int32))
+    found, count = _index_topk(*args, k=k, page_size=PAGE)
+    for b, n in enumerate(lengths):
+        rows = table[b, np.arange(n) // PAGE] * PAGE + np.arange(n) % PAGE
+        keys = np.asarray(pool[1, rows], np.float64) * (1 if scales is None else np.asarray(scales)[1, rows, None])
+        for s in range(many):
+            limit = positions[b, s] + 1
+            assert count[b, s] == min(limit, k)
+            dots = np.maximum(np.asarray(q[b, s], np.float64) @ keys[:limit].T, 0)
+            scores = np.asarray(w[b, s], np.float64) @ dots
+            got, want = found[b, s], oracle.select(scores, k)
+            assert (got[count[b, s] :] == -1).all() and (np.diff(got[: count[b, s]]) > 0).all()
+            wrong = np.setxor1d(got[got >= 0], want[want >= 0])
+            kth = np.sort(scores)[::-1][min(limit, k) - 1] if limit > 0 else 0.0
+            assert (np.abs(scores[wrong] - kth) <= 4e-6 * np.abs(np.asarray(w[b, s])).sum() * J).all()
+            assert len(wrong) <= 2
+
+
+def test_tiles_inside_a_page_and_scales_of_keys(monkeypatch):
+    """Tiles of half a page; e4m3 keys and scales that are exact, so that the selection is."""
+    monkeypatch.setattr(index_topk_tpu, "plan", lambda *_: index_topk_tpu.Plan(eights=1, tile=128, copy=128))
+    rng = np.random.default_rng(5)
+    n, k = 450, 32
+    row = rng.integers(-8, 9, n).astype(np.float32)
+    keys, q, w = _signed(row, jnp.float8_e4m3fn)
+    pool, table = _pool(rng, [n], lambda b, n: keys, J, jnp.float8_e4m3fn)
+    scales = 2.0 ** rng.integers(-3, 4, pool.shape[:2])
+    positions = np.array([[n - 1, 200, 10]], np.int32)
+    args = (jnp.tile(q, (1, 3, 1, 1)), jnp.tile(w, (1, 3, 1)), (pool, jnp.asarray(scales, jnp.float32)), 1, table)
+    found, _ = _index_topk(*args, positions, np.array([n], np.int32), k=k, page_size=PAGE)
+    at = table[0, np.arange(n) // PAGE] * PAGE + np.arange(n) % PAGE
+    for s, position in enumerate(positions[0]):
+        np.testing.assert_array_equal(found[0, s], oracle.select((row * scales[1, at])[: position + 1], k))
+
+
+def test_decode_selects_as_prefill_does():
+    """One query at a time gives bitwise the rows of the whole chunk, whatever the block of queries."""
+    rng = np.random.default_rng(3)
+    n, k, many, heads = 700, 64, 20, 3
+    pool, table = _pool(rng, [n], lambda b, n: rng.standard_normal((n, J)), J, bf16)
+    q = jnp.asarray(rng.standard_normal((1, many, heads, J)), bf16)
+    w = jnp.asarray(rng.standard_normal((1, many, heads)), jnp.float32)
+    positions = np.arange(n - many, n, dtype=np.int32)[None]
+    run = lambda at: _index_topk(
+        q[:, at], w[:, at], (pool, None), 1, table, positions[:, at], np.array([n], np.int32), k=k, page_size=PAGE
+    )
+    whole, _ = run(slice(None))
+    np.testing.assert_array_equal(run(slice(13, 14))[0][:, 0], whole[:, 13])
+
+
+@pytest.mark.parametrize("H", [1, 20, 128])
+def test_sparse_mla(H):
+    rng = np.random.default_rng(3)
+    B, many, K, M = 2, 2, 128, 1024
+    pool = jnp.asarray(rng.standard_normal((3, M, U)) * 0.5, bf16)
+    q = jnp.asarray(rng.standard_normal((B, many, H, U)) * 0.5, bf16)
+    rows = rng.permuted(np.tile(np.arange(M), (B, many, 1)), axis=-1)[..., :K].astype(np.int32)
+    rows[0, 0, ::3] = -1  # holes anywhere
+    rows[0, 1, 5:] = -1
+    rows[1, 1] = -1  # an empty query
+    o, lse = _sparse_mla(q, pool, jnp.int32(1), rows, 0.05)
+    assert o.dtype == q.dtype and lse.dtype == np.float32
+    assert (o[1, 1].astype(np.float32) == 0).all() and (lse[1, 1] == -np.inf).all()
+    for b in range(B):
+        for s in range(many):
+            want, want_lse = oracle.sparse_mla(
+                np.asarray(q[b, s], np.float64), np.asarray(pool[1], np.float64), rows[b, s], 0.05, C
+            )
+            np.testing.assert_allclose(o[b, s].astype(np.float64), want, atol=2e-2 * max(np.abs(want).max(), 1))
+            np.testing.assert_allclose(lse[b, s], want_lse, atol=1e-3)
+
+
+def test_sparse_mla_over_several_chunks_merges_and_ignores_order(monkeypatch):
+    """Chunks of 128 rows, the last one partly full; halves merged by their lse give the whole, in any order of rows."""
+    monkeypatch.setattr(sparse_mla_tpu, "CHUNK", 128)
+    rng = np.random.default_rng(4)
+    M, K = 400, 300
+    pool = jnp.asarray(rng.standard_normal((1, M, U)) * 0.5, bf16)
+    q = jnp.asarray(rng.standard_normal((1, 1, 2, U)) * 0.5, bf16)
+    rows = rng.permutation(M)[:K].astype(np.int32)[None, None]
+    left, right = rows.copy(), np.sort(rows, -1)
+    left[..., 100:] = -1  # the chunks behind are not fetched
+    right[np.isin(right, left)] = -1  # holes in every chunk
+    o, lse = _sparse_mla(jnp.tile(q, (1, 3, 1, 1)), pool, 0, np.concatenate([rows, left, right], 1), 0.05)
+    o = o.astype(np.float32)
+    want, want_lse = oracle.sparse_mla(np.asarray(q[0, 0], np.float64), np.asarray(pool[0], np.float64), rows[0, 0], 0.05, C)
+    np.testing.assert_allclose(o[0, 0], want, atol=2e-2)
+    np.testing.assert_allclose(lse[0, 0], want_lse, atol=1e-3)
+    total = np.logaddexp(lse[0, 1], lse[0, 2])
+    np.testing.assert_allclose(total, lse[0, 0], atol=1e-3)
+    merged = sum(o[0, i] * np.exp(lse[0, i] - total)[:, None] for i in (1, 2))
+    np.testing.assert_allclose(merged, o[0, 0], atol=2e-2)
+
+
+def test_sparse_mla_gradient_is_the_references():
+    rng = np.random.default_rng(7)
+    q = jnp.asarray(rng.standard_normal((1, 2, 2, U)) * 0.3, bf16)
+    pool = jnp.asarray(rng.standard_normal((2, 64, U)) * 0.3, bf16)
+    rows = np.full((1, 2, 128), -1, np.int32)
+    rows[0, 0, :40] = rng.permutation(64)[:40]  # the second query is empty
+
+    def loss(attend, q, pool):
+        o, lse = attend(q, pool)
+        return (o.astype(jnp.float32) ** 2).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+
+    kernel = lambda q, pool: sparse_mla_tpu.sparse_mla(q, sparse_mla_tpu.pack_rows(pool), 1, rows, scale=0.1, value_dim=C)
+    plain = lambda q, pool: reference.sparse_mla(q, pool, 1, rows, scale=0.1, value_dim=C)
+    with interpreted():
+        got = jax.grad(functools.partial(loss, kernel), (0, 1))(q, pool)
+    want = jax.grad(functools.partial(loss, plain), (0, 1))(q, pool)
+    for a, b in zip(got, want, strict=True):
+        assert np.isfinite(np.asarray(a, np.float32)).all()
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2e-2, rtol=2e-2)
+
+
+def test_rows_pack_and_unpack():
+    latent = jnp.arange(6 * U, dtype=jnp.float32).reshape(2, 3, U)
+    assert sparse_mla_tpu.row_shape(U) == (3, 2, 128)
+    assert sparse_mla_tpu.pack_rows(latent).shape == (2, 3, 3, 2, 128)
+    np.testing.assert_array_equal(sparse_mla_tpu.unpack_rows(sparse_mla_tpu.pack_rows(latent), U), latent)
+
+
+# Compilation
+
+
+@functools.cache
+def _mesh(chip):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    return Mesh(np.array(devices[:1]), ("x",))
+
+
+def _compile(chip, f, *shapes, donate=()):
+    """``f`` compiled for one chip of a generation that this machine lacks."""
+    sharding = NamedSharding(_mesh(chip), PartitionSpec())
+    args = jax.tree.map(lambda s: S(s.shape, s.dtype, sharding=sharding), shapes)
+    with use_abstract_mesh(_mesh(chip).abstract_mesh):  # tells Pallas the generation
+        return jax.jit(f, donate_argnums=donate).trace(*args).lower().compile()
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+chips = pytest.mark.parametrize("chip", list(CHIPS))
+
+
+def _index_shapes(B, many, heads, capacity, dtype, slots):
+    scales = (S((slots, B * capacity), jnp.float32),) if jnp.dtype(dtype).itemsize == 1 else (None,)
+    shapes = (
+        S((B, many, heads, J), dtype), S((B, many, heads), jnp.float32), (S((slots, B * capacity, J), dtype), *scales),
+        S((), jnp.int32), S((B, capacity // PAGE), jnp.int32), S((B, many), jnp.int32), S((B,), jnp.int32),
+    )  # fmt: skip
+    return shapes
+
+
+def _no_copy_of(compiled, shape, dtype):
+    """No instruction of the optimised HLO but parameters and their views has the shape of the pool or of one layer."""
+    name = {"bfloat16": "bf16", "float8_e4m3fn": "f8e4m3fn"}[jnp.dtype(dtype).name]
+    sizes = {int(np.prod(shape)), int(np.prod(shape[1:]))}
+    for line in compiled.as_text().splitlines():
+        made = line.split(" = ")[-1].strip()
+        if not made.startswith(name + "[") or any(f" {op}(" in line for op in ("parameter", "bitcast")):
+            continue
+        dims = [int(d) for d in made[len(name) + 1 : made.index("]")].split(",") if d]
+        assert int(np.prod(dims)) not in sizes, line.strip()[:200]
+
+
+@needs_libtpu
+@chips
+def test_index_topk_compiles(chip):
+    shapes = _index_shapes(1, 8, 4, 32 * PAGE, bf16, 5)
+    f = functools.partial(index_topk_tpu.index_topk, k=256, page_size=PAGE)
+    _no_copy_of(_compile(chip, f, *shapes), shapes[2][0].shape, bf16)
+
+
+@needs_libtpu
+@chips
+def test_sparse_mla_compiles(chip):
+    pool = (7, 4096, *sparse_mla_tpu.row_shape(U))
+    f = functools.partial(sparse_mla_tpu.sparse_mla, scale=0.05, value_dim=C)
+    shapes = (S((1, 4, 20, U), bf16), S(pool, bf16), S((), jnp.int32), S((1, 4, 1024), jnp.int32))
+    _no_copy_of(_compile(chip, f, *shapes), pool, bf16)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", [c if c == "v6e" else pytest.param(c, marks=pytest.mark.slow) for c in CHIPS])
+def test_caches_are_written_and_read_in_place(chip):
+    """A scan over layers writes latents and index keys, selects and attends: donated pools, and no copy of either."""
+    layers, rows, many, heads, k = 5, 32 * PAGE, 8, 4, 256
+    latent_shape, keys_shape = (layers, rows, *sparse_mla_tpu.row_shape(U)), (layers, rows, J)
+
+    def step(latents, keys, latent, key, at, q, w, table, positions, q_mla):
+        def layer(carry, n):
+            latents, keys, o = carry
+            latents = latents.at[n, at].set(sparse_mla_tpu.pack_rows(latent + o.mean()), mode="drop")
+            keys = keys.at[n, at].set(key + o.mean(), mode="drop")
+            found, _ = index_topk_tpu.index_topk(
+                q, w, (keys, None), n, table, positions, positions.max(-1) + 1, k=k, page_size=PAGE
+            )
+            selected = reference.physical_rows(table, found, PAGE)
+            return (latents, keys, sparse_mla_tpu.sparse_mla(q_mla, latents, n, selected, scale=0.1, value_dim=C)[0]), None
+
+        start = (latents, keys, jnp.zeros((1, many, heads, C), bf16))
+        return jax.lax.scan(layer, start, jnp.arange(layers, dtype=jnp.int32))[0]
+
+    shapes = (
+        S(latent_shape, bf16), S(keys_shape, bf16), S((1, many, U), bf16), S((1, many, J), bf16), S((1, many), jnp.int32),
+        S((1, many, heads, J), bf16), S((1, many, heads), jnp.float32), S((1, rows // PAGE), jnp.int32),
+        S((1, many), jnp.int32), S((1, many, heads, U), bf16),
+    )  # fmt: skip
+    memory = _compile(chip, step, *shapes, donate=(0, 1)).memory_analysis()
+    pools = 2 * sum(int(np.prod(s)) for s in (latent_shape, keys_shape))
+    assert memory.alias_size_in_bytes >= pools
+    assert memory.temp_size_in_bytes < 2 * int(np.prod(keys_shape[1:]))  # less than one layer of the smaller pool
+
+
+@pytest.mark.slow
+@needs_libtpu
+@chips
+@pytest.mark.parametrize(
+    ("B", "many", "heads", "dtype"),
+    [(1, 256, 64, bf16), (1, 256, 32, bf16), (1, 256, 32, jnp.float8_e4m3fn), (8, 1, 32, bf16)],
+    ids=["prefill-64", "prefill-32", "prefill-32-e4m3", "decode-32"],
+)
+def test_shipped_index_topk_compiles(chip, B, many, heads, dtype):
+    shapes = _index_shapes(B, many, heads, 784 * PAGE, dtype, 12)
+    f = functools.partial(index_topk_tpu.index_topk, k=2048, page_size=PAGE)
+    _no_copy_of(_compile(chip, f, *shapes), shapes[2][0].shape, dtype)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@chips
+@pytest.mark.parametrize("H", [1, 2, 5, 10, 20, 64, 128])
+def test_shipped_sparse_mla_compiles(chip, H):
+    pool = (47, 200_704, *sparse_mla_tpu.row_shape(U))
+    f = functools.partial(sparse_mla_tpu.sparse_mla, scale=0.05, value_dim=C)
+    shapes = (S((1, 256, H, U), bf16), S(pool, bf16), S((), jnp.int32), S((1, 256, 2048), jnp.int32))
+    _no_copy_of(_compile(chip, f, *shapes), pool, bf16)
+
+
+# Refusals
+
+
+def _index_reason(q=(1, 8, 4, J), dtype=bf16, keys=bf16, page=PAGE, pages=4, k=64, scales=None):
+    pool = (S((2, 4 * PAGE, q[-1]), keys), scales)
+    args = (S(q, dtype), S(q[:3], jnp.float32), pool, 0, S((1, pages), jnp.int32), S((1, 8), jnp.int32), S((1,), jnp.int32))
+    return index_topk_tpu.supported(*args, k=k, page_size=page)
+
+
+def test_index_topk_says_what_it_cannot_run():
+    assert _index_reason() is None
+    assert "float32; bfloat16 or float8_e4m3fn is needed" in _index_reason(dtype=jnp.float32)
+    assert "keys are float8_e4m3fn but queries are bfloat16" in _index_reason(keys=jnp.float8_e4m3fn)
+    assert "64 dimensions; 128 are needed" in _index_reason(q=(1, 8, 4, 64))
+    assert "129 indexer heads" in _index_reason(q=(1, 8, 129, J))
+    assert "page size 64" in _index_reason(page=64)
+    assert "page size 384" in _index_reason(page=384)
+    assert "k is 4096" in _index_reason(k=4096)
+    assert "fit in VMEM" in _index_reason(pages=8192)
+    assert "key scales are bfloat16" in _index_reason(scales=S((2, 4 * PAGE), bf16))
+
+
+def test_sparse_mla_says_what_it_cannot_run():
+    def reason(q=(1, 1, 4, U), dtype=bf16, row=(3, 2, 128), value_dim=C):
+        args = (S(q, dtype), S((2, 256, *row), dtype), 0, S((1, 1, 128), jnp.int32))
+        return sparse_mla_tpu.supported(*args, scale=1.0, value_dim=value_dim)
+
+    assert reason() is None
+    assert "bfloat16 is needed" in reason(dtype=jnp.float32)
+    assert "pool rows are [576]; [3, 2, 128] is needed" in reason(row=(U,))
+    assert "value_dim is 500" in reason(value_dim=500)
+    assert "257 heads" in reason(q=(1, 1, 257, U))
