@@ -227,12 +227,15 @@ class Work:
 
     def finish(self, source: Path, config_json: str, last: dict[str, str]) -> None:
         """Copy the small files (tokenizer…), write config.json and ``last``, and put the directory in place."""
-        for path in sorted(source.iterdir()):
+        templates = source / "additional_chat_templates"
+        for path in sorted((*source.iterdir(), *(templates.iterdir() if templates.is_dir() else ()))):
             name = path.name
-            skip = name in ("config.json", MANIFEST, INDEX) or name.endswith(_WEIGHTS)
+            skip = name in ("config.json", MANIFEST, INDEX) or name.endswith((*_WEIGHTS, ".py"))
             if path.is_file() and not skip and not name.startswith(".") and not name.endswith(".index.json"):
-                shutil.copyfile(path, self.directory / name)
-                sync(self.directory / name)
+                to = self.directory / path.relative_to(source)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
+                sync(to)
         for name, text in {"config.json": config_json, **last}.items():
             write_text(self.directory / name, text)
         self.journal.unlink()

@@ -225,10 +225,10 @@ def distill(
         if not metrics["ok"]:
             if saved < n:
                 work.save(n, state, rows)
+            kept = f"the state after step {n} is kept in {work.directory}: continue with --resume and a lower --lr"
             raise UserError(
                 f"loss or gradient is not finite at step {n + 1} ({stage}: index {index:.4g}"
-                f"{'' if lm is None else f', LM {lm:.4g}'}); the state after step {n} is kept in {work.directory}: "
-                f"continue with --resume and a lower --lr"
+                f"{'' if lm is None else f', LM {lm:.4g}'}); {kept if n else 'nothing was trained yet'}"
             )
         n += 1
         values = (n, stage, lr, index, lm, round(time.perf_counter() - began, 3))

@@ -70,13 +70,7 @@ class Engine:
             self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype
         )
         per_token = caches.bytes_per_token(self.config, self.n_slots, self.dtype, self.index_dtype)
-        need, free = per_token * batch * pages * caches.PAGE_SIZE, _free_bytes()
-        if free is not None and need > free:
-            fits = int(free // (per_token * batch))
-            raise UserError(
-                f"context {tokens} needs {need / 1e9:.1f} GB of cache per device, {free / 1e9:.1f} GB are free; "
-                f"try --max-context {max(fits // 1000 * 1000, 1)}"
-            )
+        _check_memory(tokens, per_token * batch, _free_bytes())
         shardings = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(make, out_shardings=shardings)()
 
@@ -339,11 +333,19 @@ def load(
 
         info.implementations(config, implementation, dense=dense, dtype=dtype, index_dtype=index_dtype)
     device_mesh = shardings = None
+    shapes, axes = model.abstract_params(config, len(layers), dtype)
+    if mesh is None and (free := _free_bytes()) is not None:
+        weights = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+        if weights > free:
+            raise UserError(f"the weights need {weights / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; --mesh divides them")
+        if max_context is not None:
+            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype)
+            _check_memory(max_context, per_token, free - weights)
     if mesh is not None:
         sizes = sharding.parse_mesh(mesh)
         sharding.check_mesh(config, sizes)
         device_mesh = sharding.make_mesh(sizes)
-        shardings = sharding.param_shardings(device_mesh, model.abstract_params(config, len(layers), dtype)[1])
+        shardings = sharding.param_shardings(device_mesh, axes)
     tokenizer = Tokenizer(directory)
     if path is not None:
         directory = checkpoint.find(os.fspath(path))  # everything cheap is checked: now a repository's weights
@@ -361,6 +363,17 @@ def load(
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
     return LM(engine, tokenizer, chosen, name)
+
+
+def _check_memory(tokens: int, bytes_per_token: int, free: int | None) -> None:
+    """UserError when a cache of ``tokens`` positions exceeds the ``free`` bytes of a device."""
+    need = bytes_per_token * _round_up(caches.pages_for(tokens)) * caches.PAGE_SIZE
+    if free is not None and need > free:
+        fits = max(free, 0) // bytes_per_token
+        raise UserError(
+            f"context {tokens} needs {need / 1e9:.1f} GB of cache per device, {max(free, 0) / 1e9:.1f} GB are free; "
+            f"try --max-context {max(fits // 1000 * 1000, 1)}"
+        )
 
 
 def _round_up(pages: int) -> int:

@@ -83,6 +83,18 @@ def test_golden_round_trip(golden, tmp_path, name):
     assert (tmp_path / "back" / "config.json").read_bytes() == (golden / name / "config.json").read_bytes()
 
 
+def test_small_files_come_along_and_programs_do_not(golden, tmp_path):
+    source = tmp_path / "hf"
+    shutil.copytree(golden / "glm_all_full", source)
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (source / "modeling.py").write_text("raise SystemExit")
+    convert("hf-to-jax", source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    assert not (tmp_path / "ours" / "modeling.py").exists()
+
+
 def test_indexers_of_shared_layers_and_odd_bits_survive(tmp_path):
     weights = tensors(BF16)
     for name, array in list(weights.items()):

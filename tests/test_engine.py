@@ -154,6 +154,14 @@ def test_bad_loads_fail_before_weights(options, message, monkeypatch):
         ic_jax.load(**options)
 
 
+@pytest.mark.parametrize(("free", "message"), [(10**7, "the weights need 0.0 GB"), (10**8, "context 65536 needs 1.1 GB")])
+def test_memory_is_checked_before_weights(free, message, monkeypatch):
+    monkeypatch.setattr(ic_jax.engine, "_free_bytes", lambda: free)
+    monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=message):
+        ic_jax.load(max_context=65536)
+
+
 def test_too_large_a_cache_is_refused_with_what_would_fit(lm, monkeypatch, prompt):
     monkeypatch.setattr(ic_jax.engine, "_free_bytes", lambda: 10**6)
     with pytest.raises(UserError, match=r"needs .* GB of cache per device, 0.0 GB are free; try --max-context"):
