@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-import ic_jax
+import ic_jax.engine
 from ic_jax.errors import UserError
 
 TEXT = "The following functions are defined in this module and they return a new string object " * 8
