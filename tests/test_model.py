@@ -1,5 +1,6 @@
 """The model against transformers (golden files) and against itself: chunks, batches, patterns, plans."""
 
+import dataclasses
 import functools
 import json
 
@@ -284,3 +285,45 @@ def test_config_of_every_golden_case_round_trips():
     for case in (*WITH_INDEXER, "glm4_lite_dense"):
         config = Config.load(GOLDEN / case)
         assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2)])
+def test_router_against_numpy(norm, groups, kept):
+    from ic_jax import moe
+
+    rng = np.random.default_rng(0)
+    config = load("deepseek_yarn")[0].replace(norm_topk_prob=norm, n_group=groups, topk_group=kept)
+    E, X = config.n_routed_experts, config.num_experts_per_tok
+    x, gate, bias = rng.standard_normal((9, 12)), rng.standard_normal((E, 12)), rng.standard_normal(E)
+    p = {"gate": jnp.asarray(gate, jnp.float32), "e_score_correction_bias": jnp.asarray(bias, jnp.float32)}
+    experts, weights = moe.route(config, p, jnp.asarray(x, jnp.float32))
+    for n in range(len(x)):
+        scores = 1 / (1 + np.exp(-gate @ x[n]))
+        steered = scores + bias  # the bias chooses, and does not weigh
+        best_two = np.sort(steered.reshape(groups, -1), -1)[:, -2:].sum(-1)
+        allowed = np.isin(np.arange(E) // (E // groups), np.argsort(-best_two)[:kept])
+        chosen = np.argsort(-np.where(allowed, steered, -np.inf))[:X]
+        np.testing.assert_array_equal(experts[n], chosen)
+        want = scores[chosen] / (scores[chosen].sum() if norm else 1) * config.routed_scaling_factor
+        np.testing.assert_allclose(weights[n], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_rope_is_a_rotation_of_the_named_pairs(interleave):
+    from ic_jax import attention
+
+    config = load("deepseek_yarn")[0]
+    config = config.replace(rope=dataclasses.replace(config.rope, mscale=0.5, mscale_all_dim=1.0))
+    R, position = config.qk_rope_head_dim, 37
+    x = np.random.default_rng(1).standard_normal(R)
+    tables = attention.rope_tables(config, jnp.full((1, 1), position))
+    got = attention.rope(jnp.asarray(x, jnp.float32)[None, None], tables, interleave)
+    factor = (0.05 * np.log(config.rope.factor) + 1) / (0.1 * np.log(config.rope.factor) + 1)
+    assert config.rope.attention_factor == pytest.approx(factor)
+    want = np.empty(R)
+    for i, frequency in enumerate(config.rope.inv_freq(R)):
+        a, b = (2 * i, 2 * i + 1) if interleave else (i, i + R // 2)
+        turned = (x[a] + 1j * x[b]) * np.exp(1j * position * float(frequency)) * factor
+        want[a], want[b] = turned.real, turned.imag
+    np.testing.assert_allclose(got[0, 0], want, atol=1e-5)
