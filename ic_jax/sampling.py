@@ -26,7 +26,6 @@ class SamplingParams:
     probability, that many tokens, those at least that fraction of the likeliest; 1, 0 and 0 keep all. seed: 64 bits;
     the same seed gives the same tokens. stop: strings that end the text and are not shown (one string: a list of one).
     stop_token_ids: ids that end it, beside the model's own, which ``ignore_eos`` disregards.
-    logprobs: how many likeliest tokens to report log probabilities of at each step; None for none.
     """
 
     temperature: float = 0.0
@@ -37,7 +36,6 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -57,8 +55,6 @@ class SamplingParams:
             raise UserError(f"min_p must be between 0 and 1, not {self.min_p!r} (0 keeps every token)")
         if not (_is_int(self.seed) and 0 <= self.seed < 2**64):
             raise UserError(f"seed must be an integer between 0 and 2^64 - 1, not {self.seed!r}")
-        if self.logprobs is not None and not (_is_int(self.logprobs) and 0 <= self.logprobs <= 20):
-            raise UserError(f"logprobs must be an integer between 0 and 20, not {self.logprobs!r}")
 
 
 class Batch(NamedTuple):
@@ -140,17 +136,6 @@ def _kept(scaled_BW, top_p_B, top_k_B, min_p_B):
     threshold_B1 = -jnp.take_along_axis(descending_BW, last_B1, -1)
     last_id_B1 = jnp.take_along_axis(order_BW, last_B1, -1)
     return (scaled_BW > threshold_B1) | ((scaled_BW == threshold_B1) & (ids_BW <= last_id_B1))
-
-
-def log_probs(logits_BW, ids_B, n: int):
-    """Natural log probabilities before any temperature or filter: of ``ids_B``, and of the ``n`` likeliest tokens.
-
-    Returns float32 [B], float32 [B,n], int32 [B,n], the likeliest first. ``n`` is static.
-    """
-    normal_BW = jax.nn.log_softmax(logits_BW.astype(jnp.float32), -1)
-    chosen_B = jnp.take_along_axis(normal_BW, jnp.asarray(ids_B)[:, None], -1)[:, 0]
-    top_BN, top_ids_BN = lax.top_k(normal_BW, n)
-    return chosen_B, top_BN, top_ids_BN
 
 
 def _is_int(value) -> bool:
