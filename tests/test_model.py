@@ -18,6 +18,9 @@ from ic_jax.config import Config
 from ic_jax.pattern import Pattern
 
 WITH_INDEXER = ["glm_all_full", "glm_freq4_off3", "glm_pattern", "glm_indexer_types", "deepseek_yarn"]
+# Products of other shapes round otherwise; the enlarged weights of these checkpoints amplify that to 0.4 to 1.1e-5 of
+# the logits' scale (measured, jax 0.11.2 and 0.12.0). A wrong selection moves them by 1e-2 and more.
+ROUNDING = 3e-5
 TOLERANCE = 2e-4  # largest logit difference to transformers, float32; logits reach about 7
 
 
@@ -99,7 +102,7 @@ def test_batch_of_different_lengths():
         np.testing.assert_array_equal(sets(selections[full, b, :n]), sets(golden["selected"][:, b, :n]))
         assert (selections[:, b, n:] == -1).all()
     last, _, _ = run(config, params, slots, ids, positions, all_logits=False)
-    np.testing.assert_allclose(last, logits[np.arange(len(ids)), lengths - 1], atol=1e-5)
+    np.testing.assert_allclose(last, logits[np.arange(len(ids)), lengths - 1], atol=ROUNDING)
 
 
 def reference_loop(config, params, held, ids):
@@ -175,7 +178,7 @@ def test_chunked_prefill_equals_one_pass(size):
     want, chosen, _ = run(config, params, slots, ids)
     sizes = [size] * (T // size) + ([T % size] if T % size else [])
     logits, selections = chunked(config, params, slots, ids, sizes)
-    np.testing.assert_allclose(logits, want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(logits, want, atol=ROUNDING * np.abs(want).max())
     np.testing.assert_array_equal(selections, chosen)
 
 
@@ -193,7 +196,7 @@ def test_any_pattern_any_chunks(bits, sizes):
     want, chosen, _ = run(config, params, slots, ids)
     np.testing.assert_array_equal(chosen, chosen[list(pattern.source)])
     logits, selections = chunked(config, params, slots, ids, sizes, width=56)
-    np.testing.assert_allclose(logits, want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(logits, want, atol=ROUNDING * np.abs(want).max())
     np.testing.assert_array_equal(selections, chosen)
 
 
@@ -249,7 +252,7 @@ def test_topk_at_least_context_equals_dense():
     wide, slots = config.replace(index_topk=4096), config.pattern.slots(held)
     sparse, _, _ = run(wide, params, slots, golden["input_ids"])
     dense, _, _ = run(config, params, slots, golden["input_ids"], dense=True, keep_selections=False)
-    np.testing.assert_allclose(sparse, dense, atol=1e-5 * np.abs(dense).max())
+    np.testing.assert_allclose(sparse, dense, atol=ROUNDING * np.abs(dense).max())
     assert np.abs(dense - golden["logits"]).max() > 0.1  # and the sparse path was really sparse
 
 
@@ -260,7 +263,7 @@ def test_rows_of_a_batch_and_pages_are_independent():
     together, _, _ = run(config, params, slots, ids)
     for b in range(len(ids)):
         alone, _, _ = run(config, params, slots, ids[b : b + 1])
-        np.testing.assert_allclose(together[b], alone[0], atol=1e-5 * np.abs(alone).max())
+        np.testing.assert_allclose(together[b], alone[0], atol=ROUNDING * np.abs(alone).max())
     cache = caches.allocate(config, len(held), 2, ids.shape[1], dtype=jnp.float32, page_size=16)
     shuffled = np.random.default_rng(0).permutation(cache.page_table_BP.size).reshape(cache.page_table_BP.shape)
     moved, _, _ = run(config, params, slots, ids, cache=cache.replace(page_table_BP=jnp.asarray(shuffled, jnp.int32)))
