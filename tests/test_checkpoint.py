@@ -395,6 +395,10 @@ BAD = {
         f"tensor {Q_A} in model.safetensors has dtype I32, which is not supported",
     ),
     "e5m2": (change(Q_A, np.zeros((32, 160), ml_dtypes.float8_e5m2)), "has dtype F8_E5M2, which is not supported"),
+    "packed dtype": (
+        change(Q_A, np.zeros((32, 80), np.int32)),
+        f"tensor {Q_A} in model.safetensors has dtype I32, which is not supported",
+    ),
     "mixed experts": (change(EXPERT, np.zeros((136, 160), np.float16)), "is float16, but .* is bfloat16"),
     "fp8 without scales": (change(Q_A, np.zeros((32, 160), FP8)), f"{Q_A}_scale_inv are missing"),
     "fp8 norm": (change("model.norm.weight", np.zeros(160, FP8)), "block scales .* are missing"),
