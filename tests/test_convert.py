@@ -433,9 +433,11 @@ def test_resume_rewrites_what_is_damaged(converted, tmp_path, capsys):
     data[size // 2] ^= 1
     (work / name).write_bytes(data)
     shutil.rmtree(work / "weights" / "00000")
+    (work / "weights" / "00003.orbax-checkpoint-tmp").mkdir()  # the group it was writing
     with open(work / store.JOURNAL, "a") as f:
         f.write('{"unit": "000')  # the line it was writing
     convert(*command, "--resume")
+    assert all(path.name.isdecimal() for path in (destination / "weights").iterdir())
     convert("verify", destination, "--against", source)
 
 
@@ -470,3 +472,10 @@ def test_too_little_room_is_seen_before_it_starts(converted, tmp_path, capsys, m
     message = fails(capsys, "hf-to-jax", source, tmp_path / "x")
     assert message.endswith("needs 5 MB more, 1 MB are free there")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(converted, tmp_path, capsys):
+    source, ours, _ = converted
+    (tmp_path / "file").touch()
+    for command in (["hf-to-jax", source], ["jax-to-hf", ours]):
+        assert fails(capsys, *command, tmp_path / "file" / "x") == f"{tmp_path}/file/x cannot be written: Not a directory"
