@@ -422,7 +422,7 @@ def test_back_conversion_killed_then_resumed(converted, tmp_path, capsys, setup)
     assert not (destination / store.JOURNAL).exists()
 
 
-def test_resume_rewrites_what_is_damaged(converted, tmp_path, capsys):
+def test_resume_rewrites_what_is_damaged(converted, tmp_path, caplog):
     source, _, _ = converted
     destination = tmp_path / "ours"
     command = ["hf-to-jax", source, destination]
@@ -437,7 +437,7 @@ def test_resume_rewrites_what_is_damaged(converted, tmp_path, capsys):
     with open(work / store.JOURNAL, "a") as f:
         f.write('{"unit": "000')  # the line it was writing
     convert(*command, "--resume")
-    assert all(path.name.isdecimal() for path in (destination / "weights").iterdir())
+    assert "already exists" not in caplog.text  # Orbax would warn of what it finds
     convert("verify", destination, "--against", source)
 
 
