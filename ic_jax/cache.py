@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .config import Config
+from .parallel import ALONE, Parallel
 
 PAGE_SIZE = 256
 
@@ -38,7 +39,7 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Tokens a sequence can hold."""
+        """Tokens of a sequence that fit, on one device."""
         return self.page_table_BP.shape[1] * self.page_size
 
     def replace(self, **changes) -> Cache:
@@ -50,20 +51,24 @@ def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
 
 
 def allocate(
-    config: Config, slots: int, batch: int, context: int, *, dtype=jnp.bfloat16, index_dtype=None, page_size=PAGE_SIZE
-) -> Cache:
+    config: Config, slots: int, batch: int, context: int, *, dtype=jnp.bfloat16, index_dtype=None, page_size=PAGE_SIZE,
+    parallel: Parallel = ALONE,
+) -> Cache:  # fmt: skip
     """A zeroed contiguous Cache for ``batch`` sequences of ``context`` tokens and ``slots`` full layers.
 
-    ``index_dtype`` is the dtype of the index keys (``dtype`` by default); float8_e4m3fn adds a scale a token.
+    ``index_dtype`` is the dtype of the index keys (``dtype`` by default); float8_e4m3fn adds a scale a token. Divided
+    over a mesh, every device holds its pages of its sequences, and page numbers count its own rows.
     """
-    pages = pages_for(context, page_size)
-    rows = batch * pages * page_size
+    pages = pages_for(context, page_size * parallel.parts)
+    batch = -(-batch // parallel.data) * parallel.data
+    own = batch // parallel.data * pages  # pages of one device
+    rows = own * page_size * parallel.data * parallel.parts
     index_dtype = jnp.dtype(index_dtype or dtype)
     return Cache(
         latent_LMU=jnp.zeros((config.num_hidden_layers, rows, config.latent_dim), dtype),
         index_keys_GMJ=jnp.zeros((slots, rows, config.index_head_dim), index_dtype),
         index_scales_GM=jnp.ones((slots, rows), jnp.float32) if index_dtype.itemsize == 1 else None,
-        page_table_BP=jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages),
+        page_table_BP=(jnp.arange(batch * pages, dtype=jnp.int32) % own).reshape(batch, pages),
         page_size=page_size,
     )
 

@@ -41,12 +41,7 @@ def op_arguments(c, queries: int, *, context=CONTEXT, batch=1, dtype="bfloat16",
     keys = spec((G, rows, c.index_head_dim), index_dtype or dtype)
     scales = spec((G, rows), "float32") if fp8 else None
     attention = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank)
-    gate_up = (
-        max(c.mlp_layer_types.count("sparse"), 1),
-        c.n_routed_experts,
-        c.hidden_size,
-        2 * c.moe_intermediate_size,
-    )
+    layers, F = max(c.mlp_layer_types.count("sparse"), 1), c.moe_intermediate_size
     return {
         "index_topk": (
             (spec((B, S, c.index_n_heads, c.index_head_dim), query_dtype), spec((B, S, c.index_n_heads), "float32"),
@@ -57,7 +52,7 @@ def op_arguments(c, queries: int, *, context=CONTEXT, batch=1, dtype="bfloat16",
         "dense_mla": ((q, pool, scalar, table, positions), attention | dict(page_size=PAGE_SIZE)),
         "grouped_matmul": (
             (spec((B * S * c.num_experts_per_tok, c.hidden_size)),
-             spec(gate_up), scalar, spec((c.n_routed_experts,), "int32")),
+             spec((layers, c.n_routed_experts, c.hidden_size, F)), scalar, spec((c.n_routed_experts,), "int32")),
             {},
         ),
     }  # fmt: skip

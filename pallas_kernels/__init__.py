@@ -7,14 +7,15 @@ Every op is one public function here, exact semantics in ``reference.py``, and o
 from __future__ import annotations
 
 from . import dispatch
-from .reference import physical_rows
+from .reference import physical_rows, scores_at
 
 __all__ = ["dense_mla", "grouped_matmul", "index_topk", "physical_rows", "sparse_mla"]
 
 
 def index_topk(
-    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto"
-):
+    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto",
+    return_scores=False,
+):  # fmt: skip
     """Positions of the ``k`` best earlier tokens of each query, and how many there are: int32 [B,S,K], int32 [B,S].
 
     ``score[t] = sum_i w_i·relu(q_i·k_t)`` in float32 over t <= position; the best by (score descending, position
@@ -30,11 +31,16 @@ def index_topk(
       lengths_B: int32 cached tokens of each sequence, this call's included.
       k: how many to select. page_size: rows a page.
       implementation: "auto", "reference", "gpu" or "tpu".
+      return_scores: also return float32 [B,S,K] scores of the positions (undefined where -1), for a merge with others.
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V3.2 report, section 2.1.
     """
     args = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B)
-    return dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    positions_BSK, count_BS = dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    if not return_scores:
+        return positions_BSK, count_BS
+    scores_BSK = scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size)
+    return positions_BSK, count_BS, scores_BSK
 
 
 def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale, value_dim=512, implementation="auto"):

@@ -37,6 +37,24 @@ def index_scores(q_SIJ, w_SI, keys_TJ, scales_T=None):
     return scores_ST if scales_T is None else scores_ST * scales_T
 
 
+def scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size: int):
+    """float32 [B,S,K] scores of chosen positions, in ``canonical`` form; the lowest where the position is -1."""
+    keys_GMJ, scales_GM = index_pool
+    B, S, K = positions_BSK.shape
+    rows_BSK = physical_rows(page_table_BP, positions_BSK, page_size)
+
+    def one(args):
+        q_IJ, w_I, rows_K = args
+        at = jnp.maximum(rows_K, 0)
+        scales_K = None if scales_GM is None else scales_GM[slot, at]
+        scores_K = canonical(index_scores(q_IJ[None], w_I[None], keys_GMJ[slot, at], scales_K)[0])
+        return jnp.where(rows_K < 0, _LOWEST, scores_K)
+
+    each = jax.tree.map(lambda a: a.reshape(B * S, *a.shape[2:]), (q_BSIJ, w_BSI, rows_BSK))
+    block = max(1, WORKSPACE // (4 * K * (q_BSIJ.shape[2] + q_BSIJ.shape[3])))
+    return lax.map(one, each, batch_size=min(block, B * S)).reshape(B, S, K)
+
+
 def canonical(scores):
     """Scores as selection orders them: -0 equals +0, NaN and -inf rank lowest (as the smallest float32)."""
     scores = jnp.where(jnp.isnan(scores), _LOWEST, jnp.maximum(scores, _LOWEST))
