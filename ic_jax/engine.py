@@ -67,9 +67,11 @@ class Engine:
         """A Cache for ``batch`` sequences of up to ``tokens`` tokens. UserError when it cannot fit in memory."""
         pages = _round_up(caches.pages_for(tokens))
         make = lambda: caches.allocate(
-            self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype
-        )
-        per_token = caches.bytes_per_token(self.config, self.n_slots, self.dtype, self.index_dtype)
+            self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype,
+            implementation=self.options["implementation"],
+        )  # fmt: skip
+        implementation = self.options["implementation"]
+        per_token = caches.bytes_per_token(self.config, self.n_slots, self.dtype, self.index_dtype, implementation)
         _check_memory(tokens, per_token * batch, _free_bytes())
         shardings = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(make, out_shardings=shardings)()
@@ -339,7 +341,7 @@ def load(
         if weights > free:
             raise UserError(f"the weights need {weights / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; --mesh divides them")
         if max_context is not None:
-            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype)
+            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype, implementation)
             _check_memory(max_context, per_token, free - weights)
     if mesh is not None:
         sizes = sharding.parse_mesh(mesh)

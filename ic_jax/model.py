@@ -160,8 +160,7 @@ def run_layers(
         h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
         qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
         with jax.named_scope("write_latent"):
-            pool = cache.latent_LMU.at[at, rows_BS].set(latent_BSU.astype(cache.latent_LMU.dtype), mode="drop")
-            cache = cache.replace(latent_LMU=pool)
+            cache = cache.write_latents(at, rows_BS, latent_BSU)
         kernel = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank, implementation=implementation)
         if dense:
             pages = (cache.page_table_BP, positions_BS)
