@@ -97,7 +97,7 @@ def _begin(params, ids_BS, *, k: int):
 def _advance(params, state, slots, start, stop, *, static: _Static):
     c, (B, S, _) = static.config, state.x_BSD.shape
     one_layer, dtypes = c.replace(num_hidden_layers=1), dict(dtype=static.dtype, index_dtype=static.index_dtype)
-    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes)
+    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes, implementation=static.implementation)
     positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     chosen_BSK = state.positions_BSK
     rows_BSK = physical_rows(cache.page_table_BP, chosen_BSK, cache.page_size)

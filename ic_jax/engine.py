@@ -74,9 +74,10 @@ class Engine:
         pages, parallel = _round_up(caches.pages_for(tokens)), Parallel.of(self.mesh, 1)
         make = lambda: caches.allocate(
             self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype,
-            parallel=parallel,
+            implementation=self.options["implementation"], parallel=parallel,
         )  # fmt: skip
-        per_token = caches.bytes_per_token(self.config, self.n_slots, self.dtype, self.index_dtype)
+        how = self.dtype, self.index_dtype, self.options["implementation"]
+        per_token = caches.bytes_per_token(self.config, self.n_slots, *how)
         _check_memory(tokens, per_token * batch // (parallel.data * parallel.parts), _free_bytes())
         if self.mesh is None:
             return jax.jit(make)()
@@ -366,7 +367,7 @@ def load(
         if weights > free:
             raise UserError(f"the weights need {weights / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; --mesh divides them")
         if max_context is not None:
-            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype)
+            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype, implementation)
             _check_memory(max_context, per_token // Parallel(**sizes).parts, free - weights)
     tokenizer = Tokenizer(directory)
     if path is not None:

@@ -189,8 +189,7 @@ def run_layers(
         h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
         qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
         with jax.named_scope("write_latent"):
-            latent_BSU = parallel.all_tokens(latent_BSU.astype(cache.latent_LMU.dtype))
-            cache = cache.replace(latent_LMU=cache.latent_LMU.at[at, rows_BS].set(latent_BSU, mode="drop"))
+            cache = cache.write_latents(at, rows_BS, parallel.all_tokens(latent_BSU))
             pool, at = parallel.pool(cache.latent_LMU, at)
         kernel = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank, implementation=implementation)
         if dense:

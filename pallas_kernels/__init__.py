@@ -7,9 +7,13 @@ Every op is one public function here, exact semantics in ``reference.py``, and o
 from __future__ import annotations
 
 from . import dispatch
+from .layout import latent_row_shape, pack_rows, unpack_rows
 from .reference import physical_rows, scores_at
 
-__all__ = ["dense_mla", "grouped_matmul", "index_topk", "physical_rows", "sparse_mla"]
+__all__ = [
+    "dense_mla", "grouped_matmul", "index_topk", "latent_row_shape", "pack_rows", "physical_rows", "sparse_mla",
+    "unpack_rows",
+]  # fmt: skip
 
 
 def index_topk(
@@ -48,7 +52,8 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale, value_dim=512
 
     Args:
       q_BSHU: absorbed queries, ``value_dim`` latent columns then the rope columns.
-      latent_pool_LMU: stacked latent cache; keys are whole rows, values their first ``value_dim`` columns.
+      latent_pool_LMU: stacked latent cache, its rows laid out as ``latent_row_shape`` says (or plainly, for the reference);
+        keys are whole rows, values their first ``value_dim`` columns.
       layer: int32 scalar, the layer to read.
       rows_BSK: int32 pool rows, -1 = none, anywhere in the list. A query with no row gives zeros and lse -inf.
       scale: softmax scale.

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .layout import unpack_rows
+
 WORKSPACE = 64 * 2**20  # bytes of scratch that a block may take
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _NO_POSITION = jnp.iinfo(jnp.int32).max
@@ -121,7 +123,7 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale: float, value_
 
     @jax.checkpoint
     def attend(q_HU, rows_K):
-        latent_KU = latent_pool_LMU[layer, jnp.maximum(rows_K, 0)]
+        latent_KU = unpack_rows(latent_pool_LMU[layer, jnp.maximum(rows_K, 0)], U)
         scores_HK = _einsum("hu,ku->hk", q_HU, latent_KU) * scale
         # Masks before exp and log keep the gradient of an empty query at zero, not NaN.
         m_H1 = lax.stop_gradient(jnp.where(rows_K >= 0, scores_HK, _LOWEST).max(-1, keepdims=True))
@@ -149,7 +151,7 @@ def dense_mla(q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS, *, sc
             m_SH, sum_SH, o_SHC = carry
             at_T = i * tile + jnp.arange(tile, dtype=jnp.int32)
             rows_T = physical_rows(pages_P[None], jnp.minimum(at_T, capacity - 1)[None], page_size)[0]
-            latent_TU = latent_pool_LMU[layer, rows_T]
+            latent_TU = unpack_rows(latent_pool_LMU[layer, rows_T], U)
             scores_SHT = _einsum("shu,tu->sht", q_SHU, latent_TU) * scale
             scores_SHT = jnp.where(at_T <= positions_S[:, None, None], scores_SHT, -jnp.inf)
             new_SH = jnp.maximum(m_SH, scores_SHT.max(-1))
