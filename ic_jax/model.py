@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pallas_kernels import dense_mla, index_topk, physical_rows, sparse_mla
+from pallas_kernels import RowPlan, dense_mla, index_topk, physical_rows, plan_rows, sparse_mla
 
 from . import attention, moe
 from .attention import rms_norm
@@ -77,12 +77,21 @@ def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16) -> dic
 class IndexPlan(NamedTuple):
     """What an F layer computes once and every S layer behind it reuses.
 
-    positions_BSK: selected positions, ascending, -1 padded. count_BS: how many. rows_BSK: their physical cache rows.
+    positions_BSK: selected positions, ascending, -1 padded. count_BS: how many. rows: what sparse attention reads, their
+    physical cache rows and, on some backends, groups of neighbouring queries over the union of their selections.
     """
 
     positions_BSK: jax.Array
     count_BS: jax.Array
-    rows_BSK: jax.Array
+    rows: RowPlan
+
+
+def index_plan(params, cache: Cache, positions_BSK, implementation: str = "auto") -> IndexPlan:
+    """The IndexPlan of a selection."""
+    heads = params["layers"]["k_b_proj"].shape[1]
+    pages = dict(page_size=cache.page_size, implementation=implementation)
+    rows = plan_rows(positions_BSK, cache.page_table_BP, heads, cache.latent_LMU, **pages)
+    return IndexPlan(positions_BSK, (positions_BSK >= 0).sum(-1, dtype=jnp.int32), rows)
 
 
 class Output(NamedTuple):
@@ -120,7 +129,9 @@ def forward(
     with jax.named_scope("embed"):
         x_BSD = params["embed_tokens"][ids_BS]
     K = 0 if dense or not c.has_indexer else min(c.index_topk, cache.capacity)
-    plan = IndexPlan(*(jnp.full(s, -1, jnp.int32) for s in ((B, S, K), (B, S), (B, S, K))))
+    nothing = jax.ShapeDtypeStruct((B, S, K), jnp.int32)
+    shapes = jax.eval_shape(functools.partial(index_plan, implementation=implementation), params, cache, nothing)
+    plan = jax.tree.map(lambda s: jnp.full(s.shape, -1, s.dtype), shapes)  # no layer reads it before the first F
     options = dict(dense=dense, implementation=implementation, keep_selections=keep_selections)
     (x_BSD, _, cache), selections = run_layers(params, c, slots, (x_BSD, plan, cache), positions_BS, **options)
     x = x_BSD if all_logits else x_BSD[jnp.arange(B), jnp.argmax(positions_BS, -1)]
@@ -168,10 +179,10 @@ def run_layers(
             o_BSHC, _ = dense_mla(q_BSHU, cache.latent_LMU, at, *pages, page_size=cache.page_size, **kernel)
         else:
             if full is not False:
-                plan, cache = _refresh(c, params["indexer"], slot, full, plan, cache, h_BSD, qa_BSQ, tables,
+                plan, cache = _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables,
                                        positions_BS, rows_BS, implementation)  # fmt: skip
             with jax.named_scope("sparse_mla"):
-                o_BSHC, _ = sparse_mla(q_BSHU, cache.latent_LMU, at, plan.rows_BSK, **kernel)
+                o_BSHC, _ = sparse_mla(q_BSHU, cache.latent_LMU, at, plan.rows, **kernel)
         x_BSD = x_BSD + attention.output(p, o_BSHC)
         h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
@@ -204,11 +215,11 @@ def run_layers(
     return carry, jnp.concatenate(selections) if keep_selections and span is None else None
 
 
-def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS, rows_BS, implementation):
+def _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS, rows_BS, implementation):
     """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
     quantized = cache.index_scales_GM is not None
-    at = slot if cache.index_keys_GMJ.shape[0] == p["wk"].shape[0] else 0
-    p = jax.tree.map(lambda a: a[slot], p)
+    at = slot if cache.index_keys_GMJ.shape[0] == params["indexer"]["wk"].shape[0] else 0
+    p = jax.tree.map(lambda a: a[slot], params["indexer"])
     if_full = lambda do, otherwise: do() if full else lax.cond(slot >= 0, do, otherwise)
 
     def keys():
@@ -230,11 +241,11 @@ def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS,
             q_BSIJ, q_scale_BSI = attention.quantize_e4m3(q_BSIJ)
             w_BSI = w_BSI * q_scale_BSI
         pool = (cache.index_keys_GMJ, cache.index_scales_GM)
-        positions_BSK, count_BS = index_topk(
+        positions_BSK, _ = index_topk(
             q_BSIJ, w_BSI, pool, at, cache.page_table_BP, positions_BS, positions_BS.max(-1) + 1,
             k=plan.positions_BSK.shape[-1], page_size=cache.page_size, implementation=implementation,
         )  # fmt: skip
-        return IndexPlan(positions_BSK, count_BS, physical_rows(cache.page_table_BP, positions_BSK, cache.page_size))
+        return index_plan(params, cache, positions_BSK, implementation)
 
     with jax.named_scope("index_topk"):
         return if_full(select, lambda: plan), cache
