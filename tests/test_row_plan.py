@@ -6,11 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simt
 import small_models
 
 from ic_jax import cache as caches
 from ic_jax import model
-from pallas_kernels import dispatch, reference, row_plan, sparse_mla, sparse_mla_grouped_gpu
+from pallas_kernels import (
+    dispatch,
+    radix_gpu,
+    reference,
+    row_groups_gpu,
+    row_plan,
+    sparse_mla,
+    sparse_mla_grouped_gpu,
+)
 
 PAGE = 16
 
@@ -140,3 +149,36 @@ def test_why_queries_are_not_grouped():
     assert "fewer groups" in why(1, 20)
     assert "bfloat16" in why(4096, 20, spec(2, 4096, 576, kind=jnp.float32))
     assert dispatch.choose("plan_rows", "auto", spec(1, 1, 8), spec(1, 1), 20, pool, page_size=256) == "reference"
+
+
+@pytest.mark.parametrize("g", [1, 3, 7, 16])
+def test_bitmaps_of_the_hopper_kernel_give_the_same_groups(monkeypatch, g):
+    """Its code, word for word, over a simulated block (tests/simt.py): three windows, ties, holes, ragged groups."""
+    simt.patch(monkeypatch, radix_gpu, row_groups_gpu)
+    K, T, S = 600, 3 * 65536 - 4096, g + (g + 1) // 2
+    rng = np.random.default_rng(g)
+    lists = np.sort(rng.permuted(np.tile(rng.permutation(T)[: 2 * K], (S, 1)), axis=-1)[:, :K], -1).astype(np.int32)
+    lists[0] = np.arange(K) + 65536 - K // 2  # a dense run across two windows
+    lists[:, ::7] = -1
+    lists[S - 1] = -1
+    words = row_groups_gpu.window_words(g, 65536)
+    want = list(expected(lists[None], np.arange(T // PAGE, dtype=np.int32)[None], g))
+    for group, (rows, owners, count) in enumerate(want):
+        mine = lists[group * g : (group + 1) * g]
+        flat = mine.view(np.uint32).ravel()
+        shared = (simt.Shared(n) for n in (g * words, words, 64))
+        builder = row_groups_gpu.GroupBuilder(*shared, simt.Word(np.arange(512)), g=g, K=K, words=words)
+        got = np.full((2, g * K), -1)
+
+        def load4(at, flat=flat):
+            return [simt.Word(flat[np.minimum(at.v + j, flat.size - 1)]) for j in range(4)]
+
+        def store(rank, position, bits, got=got):
+            at = rank.v[simt.active()]
+            assert (got[:, at] == -1).all()  # every entry is written once
+            got[:, at] = position.v[simt.active()], bits.v[simt.active()]
+
+        found = builder.build(simt.Word(len(mine)), load4, T, store)
+        assert (found.v == count).all()
+        np.testing.assert_array_equal(got[:, :count], np.array([rows, owners])[:, :count])
+        assert (got[:, count:] == -1).all()
