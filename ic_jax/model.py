@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import dense_mla, index_topk, physical_rows, sparse_mla
+from pallas_kernels import RowPlan, dense_mla, index_topk, physical_rows, plan_rows, sparse_mla
 
 from . import attention, moe, sharding
 from .attention import rms_norm
@@ -79,12 +79,23 @@ def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16) -> dic
 class IndexPlan(NamedTuple):
     """What an F layer computes once and every S layer behind it reuses.
 
-    positions_BSK: selected positions, ascending, -1 padded. count_BS: how many. rows_BSK: their physical cache rows.
+    positions_BSK: selected positions, ascending, -1 padded. count_BS: how many. rows: what sparse attention reads, their
+    physical cache rows and, on some backends, groups of neighbouring queries over the union of their selections.
     """
 
     positions_BSK: jax.Array
     count_BS: jax.Array
-    rows_BSK: jax.Array
+    rows: RowPlan
+
+
+def index_plan(params, cache: Cache, positions_BSK, implementation: str = "auto", parallel=ALONE) -> IndexPlan:
+    """The IndexPlan of a selection."""
+    heads = params["layers"]["k_b_proj"].shape[1]
+    pages_BP = parallel.page_table(cache.page_table_BP, cache.latent_LMU.shape[1], cache.page_size)
+    own_BSK = positions_BSK if parallel.split else parallel.own(positions_BSK, cache.page_size)
+    how = dict(page_size=cache.page_size, implementation=implementation)
+    rows = plan_rows(own_BSK, pages_BP, heads, cache.latent_LMU, **how)
+    return IndexPlan(positions_BSK, (positions_BSK >= 0).sum(-1, dtype=jnp.int32), rows)
 
 
 class Output(NamedTuple):
@@ -124,8 +135,10 @@ def forward(
     with jax.named_scope("embed"):
         x_BSD = parallel.embed(params["embed_tokens"], ids_BS)
     K = 0 if dense or not c.has_indexer else min(c.index_topk, cache.capacity * parallel.parts)
-    plan = IndexPlan(*(jnp.full(s, -1, jnp.int32) for s in ((B, S, K), (B, S), (B, S, K))))
-    options = dict(dense=dense, implementation=implementation, keep_selections=keep_selections, parallel=parallel)
+    nothing, how = jax.ShapeDtypeStruct((B, S, K), jnp.int32), dict(implementation=implementation, parallel=parallel)
+    shapes = jax.eval_shape(functools.partial(index_plan, **how), params, cache, nothing)
+    plan = jax.tree.map(lambda s: jnp.full(s.shape, -1, s.dtype), shapes)  # no layer reads it before the first F
+    options = dict(dense=dense, keep_selections=keep_selections, **how)
     (x_BSD, _, cache), selections = run_layers(params, c, slots, (x_BSD, plan, cache), positions_BS, **options)
     x = x_BSD if all_logits else parallel.last_token(x_BSD, positions_BS)
     return Output(head(params, c, x), cache, selections)
@@ -176,8 +189,10 @@ def run_layers(
     cache = carry[2]
     tables = attention.rope_tables(c, positions_BS)
     out_of_range = cache.latent_LMU.shape[1]
-    view = parallel.view(cache.page_table_BP, positions_BS, out_of_range, cache.page_size)
-    rows_BS = parallel.own_rows(cache.page_table_BP, parallel.all_tokens(positions_BS), cache.page_size)
+    pages_BP = parallel.page_table(cache.page_table_BP, out_of_range, cache.page_size)
+    seen_BS = parallel.seen(positions_BS, cache.page_size)
+    own_BS = parallel.own(parallel.all_tokens(positions_BS), cache.page_size)
+    rows_BS = physical_rows(cache.page_table_BP, own_BS, cache.page_size)
     rows_BS = jnp.where(rows_BS < 0, out_of_range, rows_BS)  # padding, or another device's: writes are dropped
     scratch = cache.latent_LMU.shape[0] < c.num_hidden_layers
 
@@ -193,13 +208,13 @@ def run_layers(
             pool, at = parallel.pool(cache.latent_LMU, at)
         kernel = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank, implementation=implementation)
         if dense:
-            o_BSHC, lse_BSH = dense_mla(q_BSHU, pool, at, *view, page_size=cache.page_size, **kernel)
+            o_BSHC, lse_BSH = dense_mla(q_BSHU, pool, at, pages_BP, seen_BS, page_size=cache.page_size, **kernel)
         else:
             if full is not False:
-                plan, cache = _refresh(c, params["indexer"], slot, full, plan, cache, h_BSD, qa_BSQ, tables,
-                                       view, rows_BS, implementation, parallel)  # fmt: skip
+                plan, cache = _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables,
+                                       pages_BP, seen_BS, rows_BS, implementation, parallel)  # fmt: skip
             with jax.named_scope("sparse_mla"):
-                o_BSHC, lse_BSH = sparse_mla(q_BSHU, pool, at, plan.rows_BSK, **kernel)
+                o_BSHC, lse_BSH = sparse_mla(q_BSHU, pool, at, plan.rows, **kernel)
         o_BSHC = parallel.merge_outputs(o_BSHC, lse_BSH)
         x_BSD = x_BSD + parallel.sum(attention.output(p, o_BSHC), "tensor")
         h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
@@ -235,11 +250,13 @@ def run_layers(
     return carry, jnp.concatenate(selections) if keep_selections and span is None else None
 
 
-def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, view, rows_BS, implementation, parallel):
+def _refresh(
+    c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, pages_BP, seen_BS, rows_BS, implementation, parallel
+):
     """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
     quantized = cache.index_scales_GM is not None
-    at = slot if cache.index_keys_GMJ.shape[0] == p["wk"].shape[0] else 0
-    p = jax.tree.map(lambda a: a[slot], p)
+    at = slot if cache.index_keys_GMJ.shape[0] == params["indexer"]["wk"].shape[0] else 0
+    p = jax.tree.map(lambda a: a[slot], params["indexer"])
     if_full = lambda do, otherwise: do() if full else lax.cond(slot >= 0, do, otherwise)
 
     def keys():
@@ -259,23 +276,21 @@ def _refresh(c, p, slot, full, plan, cache, h_BSD, qa_BSQ, tables, view, rows_BS
     def select():
         # The indexer's heads are not divided: in prefill each tensor rank selects for its share of the queries.
         S, merging = h_BSD.shape[1], parallel.parts > 1 and not parallel.split
-        mine = parallel.share((h_BSD, qa_BSQ, tables, view.positions_BS))
+        mine = parallel.share((h_BSD, qa_BSQ, tables, seen_BS))
         q_BSIJ, w_BSI = attention.index_queries(c, p, *mine[:3])
         if quantized:
             q_BSIJ, q_scale_BSI = attention.quantize_e4m3(q_BSIJ)
             w_BSI = w_BSI * q_scale_BSI
         pool, layer = parallel.pool((cache.index_keys_GMJ, cache.index_scales_GM), at)
         found = index_topk(
-            q_BSIJ, w_BSI, pool, layer, view.page_table_BP, mine[3], mine[3].max(-1) + 1,
+            q_BSIJ, w_BSI, pool, layer, pages_BP, mine[3], mine[3].max(-1) + 1,
             k=plan.positions_BSK.shape[-1], page_size=cache.page_size, implementation=implementation,
             return_scores=merging,
         )  # fmt: skip
-        positions_BSK, count_BS, *scores = parallel.unshare(found, S)
-        if not merging:
-            return IndexPlan(positions_BSK, count_BS, physical_rows(view.page_table_BP, positions_BSK, cache.page_size))
-        positions_BSK = parallel.merge_selections(positions_BSK, *scores, cache.page_size)
-        rows_BSK = parallel.own_rows(cache.page_table_BP, positions_BSK, cache.page_size)
-        return IndexPlan(positions_BSK, (positions_BSK >= 0).sum(-1, dtype=jnp.int32), rows_BSK)
+        positions_BSK, _, *scores = parallel.unshare(found, S)
+        if merging:
+            positions_BSK = parallel.merge_selections(positions_BSK, *scores, cache.page_size)
+        return index_plan(params, cache, positions_BSK, implementation, parallel)
 
     with jax.named_scope("index_topk"):
         return if_full(select, lambda: plan), cache

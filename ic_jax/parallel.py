@@ -16,24 +16,14 @@ With every axis 1 (ALONE) each method returns what it was given.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import physical_rows
-
 SEQUENCE = ("context", "expert")
 _LAST = jnp.iinfo(jnp.int32).max
-
-
-class View(NamedTuple):
-    """How this device sees the caches: page table and query positions in the order of the rows that it reads."""
-
-    page_table_BP: jax.Array
-    positions_BS: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,29 +115,30 @@ class Parallel:
 
     # --------------------------------------------------------------------------------------------------------- caches
 
-    def own_rows(self, page_table_BP, positions, page_size: int):
-        """int32 rows of this device at which ``positions`` [B,...] lie; -1 where another device has them, or for -1."""
+    def own(self, positions, page_size: int):
+        """``positions`` [B,...] in this device's own order; -1 where another device has them, and for -1."""
         if self.parts == 1:
-            return physical_rows(page_table_BP, positions, page_size)
-        page = positions // page_size
+            return positions
+        page, within = positions // page_size, positions % page_size
         mine = (positions >= 0) & (page % self.parts == lax.axis_index(SEQUENCE))
-        local = page // self.parts * page_size + positions % page_size
-        return physical_rows(page_table_BP, jnp.where(mine, local, -1), page_size)
+        return jnp.where(mine, page // self.parts * page_size + within, -1)
 
-    def view(self, page_table_BP, positions_BS, rows: int, page_size: int) -> View:
-        """The View of a call whose queries are at ``positions_BS``, of pools with ``rows`` rows a device."""
-        if self.parts == 1:
-            return View(page_table_BP, positions_BS)
-        if self.split:  # gathered rows: those of device r begin at r * rows
-            first = jnp.arange(self.parts, dtype=jnp.int32) * (rows // page_size)
-            table = page_table_BP[:, :, None] + first
-            return View(table.reshape(table.shape[0], -1), positions_BS)
-        # How many of this device's tokens a query sees, less one: causal limits in local order.
+    def seen(self, positions_BS, page_size: int):
+        """Query positions as causal limits in the order of the rows that this device reads."""
+        if self.parts == 1 or self.split:
+            return positions_BS
+        # How many of this device's tokens a query sees, less one.
         page, within = positions_BS // page_size, positions_BS % page_size
         before = (page - lax.axis_index(SEQUENCE) + self.parts - 1) // self.parts
         own = page % self.parts == lax.axis_index(SEQUENCE)
-        local = before * page_size + jnp.where(own, within + 1, 0) - 1
-        return View(page_table_BP, jnp.where(positions_BS < 0, -1, local))
+        return jnp.where(positions_BS < 0, -1, before * page_size + jnp.where(own, within + 1, 0) - 1)
+
+    def page_table(self, page_table_BP, rows: int, page_size: int):
+        """The page table of the rows that this device reads, of pools with ``rows`` rows a device."""
+        if not self.split:
+            return page_table_BP
+        first = jnp.arange(self.parts, dtype=jnp.int32) * (rows // page_size)  # of each device, in gathered pools
+        return (page_table_BP[:, :, None] + first).reshape(page_table_BP.shape[0], -1)
 
     def pool(self, pool, layer):
         """(pool, layer) to read: the given ones, or that layer's rows of all devices and 0."""

@@ -1,4 +1,4 @@
-"""``ic-jax plan --model glm-5.2 --context 200000 --mesh tensor=8,expert=8 --chip v5p``: memory and time before anything loads.
+"""``ic-jax plan --model glm-5.2 --context 200000 --mesh tensor=8,expert=8 --chip v5p``: memory and time, beforehand.
 
 Counts bytes and operations of one device from the Config alone (roofline.py, parallel.py); nothing is allocated.
 ``--compile`` also compiles the real programs for that many TPUs and reports the compiler's memory and collectives.

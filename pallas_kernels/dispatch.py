@@ -19,6 +19,7 @@ import jax
 IMPLEMENTATIONS = ("auto", "reference", "gpu", "tpu")
 _OPS = {
     "index_topk": {"gpu": "index_topk_gpu", "tpu": "index_topk_tpu"},
+    "plan_rows": {"gpu": "sparse_mla_grouped_gpu"},
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
     "grouped_matmul": {},

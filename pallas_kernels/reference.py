@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .layout import unpack_rows
+from .row_plan import RowPlan, physical_rows, ungroup
 
 WORKSPACE = 64 * 2**20  # bytes of scratch that a block may take
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -21,15 +22,6 @@ def _einsum(spec, *args):
     # fp8 has no products of its own here; bf16 holds every e4m3 value exactly.
     args = [a.astype(jnp.bfloat16) if a.dtype.itemsize == 1 else a for a in args]
     return jnp.einsum(spec, *args, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-def physical_rows(page_table_BP, positions, page_size: int):
-    """int32 pool rows of ``positions`` [B, ...]; -1 stays -1."""
-    flat = positions.reshape(positions.shape[0], -1)
-    at = jnp.maximum(flat, 0)
-    pages = jnp.take_along_axis(page_table_BP, at // page_size, axis=1, mode="clip")
-    rows = jnp.where(flat < 0, -1, pages * page_size + at % page_size)
-    return rows.reshape(positions.shape).astype(jnp.int32)
 
 
 def index_scores(q_SIJ, w_SI, keys_TJ, scales_T=None):
@@ -115,9 +107,16 @@ def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, len
     return chosen_BSK, (chosen_BSK >= 0).sum(-1, dtype=jnp.int32)
 
 
-def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale: float, value_dim: int):
-    """See ``pallas_kernels.sparse_mla``. Gathers a block of queries' rows at a time."""
+def plan_rows(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size: int):
+    """See ``pallas_kernels.plan_rows``. Gathering one by one has no use for groups."""
+    del heads, latent_pool_LMU
+    return RowPlan(physical_rows(page_table_BP, positions_BSK, page_size))
+
+
+def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale: float, value_dim: int, groups=None):
+    """See ``pallas_kernels.sparse_mla``. Gathers a block of queries' rows at a time; groups are taken apart again."""
     latent_pool_LMU, rows_BSK = jnp.asarray(latent_pool_LMU), jnp.asarray(rows_BSK)
+    rows_BSK = rows_BSK if groups is None else ungroup(groups, rows_BSK.shape)
     B, S, H, U = q_BSHU.shape
     K = rows_BSK.shape[-1]
 
