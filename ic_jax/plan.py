@@ -116,7 +116,7 @@ class Layout:
             add(2 * self.slots, mine * p.parts * K * 4, p.parts)
             add(sparse, mine * D * self.itemsize, p.expert, total=True)
         if queries > 1:
-            add(2 * self.slots, mine * K * 4, p.tensor)
+            add(self.slots, mine * K * 4, p.tensor)
         return received, count
 
     def prefill(self) -> tuple[dict, float, int]:
