@@ -163,6 +163,9 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     ``--debug`` prints the traceback as well. Other exceptions are defects and pass through.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: nothing to read, nowhere to write
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     # Text of a model may hold characters that the terminal's encoding lacks.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -172,17 +175,17 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        # What is still buffered goes nowhere, or the interpreter complains about it at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except (Exception, KeyboardInterrupt) as e:
         found = _explain(e)
         if found is None:
             raise
         message, status = found
-        with contextlib.suppress(BrokenPipeError):
+        try:
             sys.stdout.flush()
+        except OSError:
+            _drop_output()
         if "--debug" in argv:
             traceback.print_exc()
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
@@ -191,12 +194,20 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         return status
 
 
+def _drop_output() -> None:
+    """Send what stdout still buffers nowhere, or the interpreter complains about it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _explain(e: BaseException) -> tuple[str, int] | None:
     """(message, exit status) of an exception that is no defect of the program."""
     if isinstance(e, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(e, UserError | NotImplementedError):
         return str(e) or "this is not implemented", 2
+    if isinstance(e, OSError):
+        return (f"{e.filename}: {e.strerror}" if e.filename else str(e)), 2
     if "RESOURCE_EXHAUSTED" in str(e) or isinstance(e, MemoryError):
         return "out of memory; try a smaller --max-context or --prefill-chunk, or --mesh over more devices", 2
     return None

@@ -210,6 +210,26 @@ def test_a_reader_that_leaves_is_no_error():
     process.stderr.close()
 
 
+WRITER = (
+    "import sys\nfrom ic_jax import cli\n"
+    "def body(args):\n    cli.Console().write(sys.stdin.read() + 'x')\n    cli.Console().status('done')\n"
+    "sys.exit(cli.run(body, cli.Parser('x', 'x'), []))"
+)
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        process = python(WRITER, stdin=subprocess.DEVNULL, stdout=full)
+        assert (process.communicate()[1], process.returncode) == (b"error: [Errno 28] No space left on device\n", 2)
+
+
+@pytest.mark.parametrize(("closed", "expected"), [("<&-", b"x"), ("</dev/null >&-", b""), ("</dev/null 2>&-", b"x")])
+def test_closed_streams_are_empty(closed, expected):
+    command = ["sh", "-c", f'"$0" -W error -c "$1" {closed}', sys.executable, WRITER]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, expected) and b"Traceback" not in done.stderr
+
+
 # Help and the list of commands
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -159,6 +160,18 @@ def test_memory_is_checked_before_weights(free, message, monkeypatch):
     monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=message):
         ic_jax.load(max_context=65536)
+
+
+def test_workspace_of_a_long_prefill_is_bounded():
+    """32K tokens, even in one chunk: 0.5 GB beside weights and cache as compiled, 4.8 GB if the reference did not block."""
+    from ic_jax import cache as caches
+
+    engine = demo(dtype="bfloat16", max_context=None, implementation="reference").engine
+    ids = jax.ShapeDtypeStruct((1, 32768), np.int32)
+    cache = jax.eval_shape(lambda: caches.allocate(engine.config, engine.n_slots, 1, 32768))
+    memory = engine._compile("prefill", False, (ids, ids, cache)).memory_analysis()
+    assert memory.temp_size_in_bytes < 1e9
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 8 * 2**30
 
 
 def test_too_large_a_cache_is_refused_with_what_would_fit(lm, monkeypatch, prompt):
