@@ -22,7 +22,7 @@ _OPS = {
     "plan_rows": {"gpu": "sparse_mla_grouped_gpu"},
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
-    "grouped_matmul": {},
+    "grouped_matmul": {"tpu": "grouped_matmul_tpu"},
 }
 
 
