@@ -18,10 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pallas_kernels import sparse_mla_bwd_gpu, sparse_mla_gpu, sparse_mla_grouped_gpu  # noqa: E402
+from pallas_kernels import (  # noqa: E402
+    row_groups_gpu,
+    row_plan,
+    sparse_mla_bwd_gpu,
+    sparse_mla_gpu,
+    sparse_mla_grouped_gpu,
+)
 
 SCALE = 576**-0.5
-QUERIES, SELECTED, TOKENS = 4096, 2048, 65536
+QUERIES, SELECTED, TOKENS, PAGE = 4096, 2048, 65536, 256
 PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # measured on one H200: 8192^3 bf16 product, device-to-device copy
 TARGETS = {  # microseconds: (peer measured on the same kind of machine, to reach)
     "forward 64": (2210, 2210),
@@ -94,9 +100,18 @@ def mapped(q, pool, layer, rows):
     return o[:, 0], lse[:, 0]
 
 
+def table(rows):
+    """The page table of a pool whose rows are the positions of every sequence."""
+    return jnp.broadcast_to(jnp.arange(TOKENS // PAGE, dtype=jnp.int32), (rows.shape[0], TOKENS // PAGE))
+
+
+def build(rows, heads, make=row_plan.sort_groups):
+    """The groups of rows [B, S, K], positions and pool rows alike."""
+    return make(rows, table(rows), row_plan.group_size(heads), page_size=PAGE)
+
+
 def grouped(q, pool, layer, rows):
-    plan = sparse_mla_grouped_gpu.plan_groups(rows, sparse_mla_grouped_gpu.group_size(q.shape[2]))
-    return sparse_mla_grouped_gpu.sparse_mla_grouped(q, pool, layer, plan, scale=SCALE)
+    return sparse_mla_grouped_gpu.sparse_mla_grouped(q, pool, layer, build(rows, q.shape[2]), scale=SCALE)
 
 
 def gradients(q, pool, layer, rows, do, dlse):
@@ -194,6 +209,36 @@ def forward():
     return out
 
 
+GROUP_CASES = [  # B, S, K, pages, g, holes
+    (1, 4096, 2048, 256, 3, 0.0),
+    (2, 301, 2048, 784, 3, 0.1),
+    (3, 100, 77, 40, 16, 0.3),
+    (2, 64, 2048, 4000, 6, 0.9),
+    (1, 200, 512, 12, 2, 0.0),
+]
+
+
+def same_groups():
+    """Whether both makers of groups agree element for element, permuted pages, ragged groups and repeats included."""
+    good = True
+    for n, (B, S, K, pages, g, holes) in enumerate(GROUP_CASES):
+        kp, kt, kh = jax.random.split(jax.random.key(n), 3)
+        pick = lambda key, T=pages * PAGE, K=K: jnp.sort(jax.random.choice(key, T, (K,), replace=False))
+        few = jax.lax.map(pick, jax.random.split(kp, 5)).astype(jnp.int32)  # neighbours agree or differ wholly
+        positions = few[jnp.sort(jax.random.randint(kt, (B, S), 0, 5), -1)]
+        positions = jnp.where(jax.random.uniform(kh, positions.shape) < holes, -1, positions).at[:, 1].set(-1)
+        table = jax.random.permutation(kt, B * pages).reshape(B, pages).astype(jnp.int32)
+        make = [jax.jit(functools.partial(f, g=g, page_size=PAGE)) for f in GROUP_MAKERS.values()]
+        want, *others = (f(positions, table) for f in (make[0], *make[1:], *make[1:]))
+        ok = all(bool((a == b).all()) for other in others for a, b in zip(want, other, strict=True))
+        good &= ok
+        print(f"groups {(B, S, K, pages, g, holes)}: {'equal' if ok else 'DIFFERENT'}", flush=True)
+    return good
+
+
+GROUP_MAKERS = {"sort": row_plan.sort_groups, "bitmaps": row_groups_gpu.bitmap_groups}
+
+
 def neighbours(share=0.85):
     """rows [1, Q, K]: each query keeps the share of its predecessor's rows, draws the rest, in ascending order."""
     rng = np.random.default_rng(0)
@@ -210,12 +255,23 @@ def neighbours(share=0.85):
 def group():
     q, pool, layer, _, _ = inputs(1, QUERIES, 20, SELECTED, 1, TOKENS)(jax.random.key(20))
     rows = neighbours()
-    build = jax.jit(lambda r: sparse_mla_grouped_gpu.plan_groups(r, 3))
-    plan = build(rows)
+    plan_by = {name: jax.jit(functools.partial(build, heads=20, make=make)) for name, make in GROUP_MAKERS.items()}
+    plan = plan_by["sort"](rows)
     kernel = jax.jit(functools.partial(sparse_mla_grouped_gpu.sparse_mla_grouped, scale=SCALE))
     print(f"neighbours share 85 %: union of 3 lists {float(plan.count_G.mean()):.0f} rows", flush=True)
-    out = report("plan", "", clock(build, rows))
+    out = {"groups equal": same_groups()}
+    for name, f in plan_by.items():
+        out |= report("plan", name, clock(f, rows))
     out |= report("grouped 20", "neighbours", clock(kernel, q, pool, layer, plan), *forward_work(QUERIES, 20))
+    either = jax.jit(lambda q, pool, layer, rows, groups: sparse_mla_gpu.sparse_mla(
+        q, pool, layer, rows, scale=SCALE, groups=groups))  # fmt: skip
+    out |= report("decided 20", "neighbours", clock(either, q, pool, layer, rows, plan))
+    _, _, _, apart, _ = inputs(1, QUERIES, 20, SELECTED, 1, TOKENS)(jax.random.key(21))
+    apart = jnp.sort(apart, -1)
+    plan = plan_by["sort"](apart)
+    print(f"random lists: union of 3 {float(plan.count_G.mean()):.0f} rows, groups cheaper: {bool(plan.cheaper)}")
+    out |= report("grouped 20", "random", clock(kernel, q, pool, layer, plan), *forward_work(QUERIES, 20))
+    out |= report("decided 20", "random", clock(either, q, pool, layer, apart, plan))
     return out | report("forward 20", "neighbours", clock(jax.jit(plain), q, pool, layer, rows))
 
 

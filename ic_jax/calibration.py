@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import physical_rows
-
 from . import cache as caches
 from . import model
 from .config import DEMO_DIRECTORY, Config
@@ -97,11 +95,9 @@ def _begin(params, ids_BS, *, k: int):
 def _advance(params, state, slots, start, stop, *, static: _Static):
     c, (B, S, _) = static.config, state.x_BSD.shape
     one_layer, dtypes = c.replace(num_hidden_layers=1), dict(dtype=static.dtype, index_dtype=static.index_dtype)
-    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes)
+    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes, implementation=static.implementation)
     positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    chosen_BSK = state.positions_BSK
-    rows_BSK = physical_rows(cache.page_table_BP, chosen_BSK, cache.page_size)
-    plan = model.IndexPlan(chosen_BSK, (chosen_BSK >= 0).sum(-1, dtype=jnp.int32), rows_BSK)
+    plan = model.index_plan(params, cache, state.positions_BSK, static.implementation)
     (x_BSD, plan, _), _ = model.run_layers(
         params, c, slots, (state.x_BSD, plan, cache), positions_BS, span=(start, stop), dense=static.dense,
         implementation=static.implementation,

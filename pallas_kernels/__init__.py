@@ -7,14 +7,20 @@ Every op is one public function here, exact semantics in ``reference.py``, and o
 from __future__ import annotations
 
 from . import dispatch
-from .reference import physical_rows
+from .layout import latent_row_shape, pack_rows, unpack_rows
+from .reference import scores_at
+from .row_plan import RowPlan, physical_rows
 
-__all__ = ["dense_mla", "grouped_matmul", "index_topk", "physical_rows", "sparse_mla"]
+__all__ = [
+    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "latent_row_shape", "pack_rows", "physical_rows", "plan_rows",
+    "sparse_mla", "unpack_rows",
+]  # fmt: skip
 
 
 def index_topk(
-    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto"
-):
+    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto",
+    return_scores=False,
+):  # fmt: skip
     """Positions of the ``k`` best earlier tokens of each query, and how many there are: int32 [B,S,K], int32 [B,S].
 
     ``score[t] = sum_i w_i·relu(q_i·k_t)`` in float32 over t <= position; the best by (score descending, position
@@ -30,27 +36,52 @@ def index_topk(
       lengths_B: int32 cached tokens of each sequence, this call's included.
       k: how many to select. page_size: rows a page.
       implementation: "auto", "reference", "gpu" or "tpu".
+      return_scores: also return float32 [B,S,K] scores of the positions (undefined where -1), for a merge with others.
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V3.2 report, section 2.1.
     """
     args = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B)
-    return dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    positions_BSK, count_BS = dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    if not return_scores:
+        return positions_BSK, count_BS
+    scores_BSK = scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size)
+    return positions_BSK, count_BS, scores_BSK
 
 
-def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale, value_dim=512, implementation="auto"):
+def plan_rows(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size, implementation="auto"):
+    """The RowPlan of a selection: what ``sparse_mla`` reads, computed once for every layer that shares the selection.
+
+    Pool rows and, where the backend of ``sparse_mla`` gains from it, groups of neighbouring queries that fetch the
+    union of their selections once. A group never crosses sequences; decode has none. Exact: results do not depend on it.
+
+    Args:
+      positions_BSK: int32 distinct positions of each query, -1 = none, anywhere in the list.
+      page_table_BP, page_size: as in ``index_topk``.
+      heads: query heads that ``sparse_mla`` will be called with.
+      latent_pool_LMU: the pool it will read (only shape and dtype matter).
+    """
+    implementation = "auto" if implementation == "gpu" else "reference" if implementation == "tpu" else implementation
+    args = (positions_BSK, page_table_BP, heads, latent_pool_LMU)
+    return dispatch.call("plan_rows", implementation, *args, page_size=page_size)
+
+
+def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows, *, scale, value_dim=512, implementation="auto"):
     """Attention of each query over its selected latent rows: o [B,S,H,value_dim] and lse float32 [B,S,H] (natural log).
 
     Args:
       q_BSHU: absorbed queries, ``value_dim`` latent columns then the rope columns.
-      latent_pool_LMU: stacked latent cache; keys are whole rows, values their first ``value_dim`` columns.
+      latent_pool_LMU: stacked latent cache, its rows laid out as ``latent_row_shape`` says (or plainly, for the reference);
+        keys are whole rows, values their first ``value_dim`` columns.
       layer: int32 scalar, the layer to read.
-      rows_BSK: int32 pool rows, -1 = none, anywhere in the list. A query with no row gives zeros and lse -inf.
+      rows: int32 pool rows [B,S,K], -1 = none, anywhere in the list, or a RowPlan. A query with no row gives zeros and
+        lse -inf.
       scale: softmax scale.
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V2 report, section 2.1 (absorbed MLA).
     """
-    args = (q_BSHU, latent_pool_LMU, layer, rows_BSK)
-    return dispatch.call("sparse_mla", implementation, *args, scale=scale, value_dim=value_dim)
+    rows_BSK, groups = rows if isinstance(rows, RowPlan) else (rows, None)
+    args, given = (q_BSHU, latent_pool_LMU, layer, rows_BSK), {} if groups is None else {"groups": groups}
+    return dispatch.call("sparse_mla", implementation, *args, scale=scale, value_dim=value_dim, **given)
 
 
 def dense_mla(

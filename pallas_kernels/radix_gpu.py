@@ -42,6 +42,24 @@ def key_to_bits(key):
     return (key >= Word(-0x80000000)).select(key ^ -0x80000000, key ^ -1)
 
 
+def block_scan(value, ctl, lane, warp):
+    """(exclusive prefix over the block's threads, total); one barrier inside, one needed before the next call."""
+
+    def warp_scan(x):
+        for d in (1, 2, 4, 8, 16):
+            y = shuffle(x, d, nvvm.ShflKind.up, clamp=0)
+            x = x + (lane >= d).select(y, 0)
+        return x
+
+    inclusive = warp_scan(value)
+    when(lane.eq(31), lambda: ctl.__setitem__(warp + SCAN, inclusive))
+    sync()
+    warps = warp_scan((lane < THREADS // 32).select(ctl[(lane & (THREADS // 32 - 1)) + SCAN], 0))
+    before = shuffle(warps, (warp - 1) & 31, nvvm.ShflKind.idx)
+    before = warp.eq(0).select(0, before)
+    return before + inclusive - value, shuffle(warps, 31, nvvm.ShflKind.idx)
+
+
 class RadixList:
     """Code generator of one block's list; `peers` blocks of a cluster share a row and with it the selection."""
 
@@ -84,21 +102,8 @@ class RadixList:
         return loop(0, n, THREADS * 4, step, carry)
 
     def scan(self, value):
-        """(exclusive prefix over the block's threads, total); one barrier inside, one needed before the next call."""
-
-        def warp_scan(x):
-            for d in (1, 2, 4, 8, 16):
-                y = shuffle(x, d, nvvm.ShflKind.up, clamp=0)
-                x = x + (self.lane >= d).select(y, 0)
-            return x
-
-        inclusive = warp_scan(value)
-        when(self.lane.eq(31), lambda: self.ctl.__setitem__(self.warp + SCAN, inclusive))
-        sync()
-        warps = warp_scan((self.lane < THREADS // 32).select(self.ctl[(self.lane & (THREADS // 32 - 1)) + SCAN], 0))
-        before = shuffle(warps, (self.warp - 1) & 31, nvvm.ShflKind.idx)
-        before = self.warp.eq(0).select(0, before)
-        return before + inclusive - value, shuffle(warps, 31, nvvm.ShflKind.idx)
+        """See `block_scan`."""
+        return block_scan(value, self.ctl, self.lane, self.warp)
 
     def bounds(self, n, value_of, merged):
         """Least and largest value over the list (over the cluster's lists when merged)."""

@@ -59,6 +59,7 @@ class Plan(typing.NamedTuple):
     span: int
     grid: int
     group: int = 1  # neighbouring queries that share a list
+    groups: int = 1  # lists of one sequence then
 
 
 def _kernel(
@@ -84,8 +85,9 @@ def _kernel(
         split, t = lax.rem(t, plan.splits), lax.div(t, plan.splits)
         part, query = lax.rem(t, plan.tiles_per_list), lax.div(t, plan.tiles_per_list)
         if plan.group > 1:
-            first, limit = query * plan.heads, counts_Q[query]
-            count = jnp.minimum(plan.heads, q_RW.shape[0] - first)
+            of_sequence = q_RW.shape[0] // (Q // plan.groups)
+            start, limit = lax.rem(query, plan.groups) * plan.heads, counts_Q[query]
+            first, count = lax.div(query, plan.groups) * of_sequence + start, jnp.minimum(plan.heads, of_sequence - start)
             return query, first, count, 0, 0, limit, jnp.maximum(1, pl.cdiv(limit, PAIR))
         head, start = part * plan.heads, split * plan.span
         count, limit = jnp.minimum(plan.heads, H - head), jnp.minimum(K, start + plan.span)
@@ -292,13 +294,13 @@ def unsupported(q, pool, rows, value_dim=LATENT) -> str | None:
     return None
 
 
-def supported(q_BSHW, latent_pool_LMW, layer, rows_BSK, *, scale, value_dim=LATENT) -> str | None:
+def supported(q_BSHW, latent_pool_LMW, layer, rows_BSK, *, scale, value_dim=LATENT, groups=None) -> str | None:
     """Why sparse_mla cannot take these arguments on a Hopper GPU, or None."""
-    del layer, scale
+    del layer, scale, groups
     return unsupported(q_BSHW, latent_pool_LMW, rows_BSK, value_dim)
 
 
-def sparse_mla(q_BSHW, latent_pool_LMW, layer, rows_BSK, *, scale, value_dim=LATENT):
+def sparse_mla(q_BSHW, latent_pool_LMW, layer, rows_BSK, *, scale, value_dim=LATENT, groups=None):
     """Attention of each query over its own list of cache rows: o [B, S, H, 512] like q, lse [B, S, H] float32.
 
     Args:
@@ -308,17 +310,30 @@ def sparse_mla(q_BSHW, latent_pool_LMW, layer, rows_BSK, *, scale, value_dim=LAT
       rows_BSK: int32 rows of the pool; anything outside [0, M) is no row, anywhere in the list. A query without rows
         gives zeros and lse (natural log) -inf.
       scale: softmax scale. value_dim: 512.
+      groups: row_plan.Groups of the same lists, attended to in their place where that is cheaper; decided on the device.
 
     Differentiable in q and the pool (sparse_mla_bwd_gpu). Raises NotImplementedError for shapes or types it does not
     take. Source: DeepSeek-V2 report, section 2.1 (absorbed).
     """
     if reason := unsupported(q_BSHW, latent_pool_LMW, rows_BSK, value_dim):
         raise NotImplementedError(reason)
-    return _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale)
+    return _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, groups, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, groups, scale):
+    if groups is None:
+        return _one_by_one(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale)
+    from .sparse_mla_grouped_gpu import sparse_mla_grouped  # it builds on this file
+
+    return lax.cond(
+        groups.cheaper,
+        lambda: sparse_mla_grouped(q_BSHW, latent_pool_LMW, layer, groups, scale=scale),
+        lambda: _one_by_one(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale),
+    )
+
+
+def _one_by_one(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale):
     B, S, H, _ = q_BSHW.shape
     plan = plan_launch(B * S, H, rows_BSK.shape[-1])
     q_RW, rows_QK = q_BSHW.reshape(B * S * H, WIDTH), rows_BSK.reshape(B * S, -1)
@@ -327,8 +342,8 @@ def _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale):
     return o_RC.reshape(B, S, H, LATENT), lse_R.reshape(B, S, H)
 
 
-def _attend_fwd(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale):
-    o, lse = _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale)
+def _attend_fwd(q_BSHW, latent_pool_LMW, layer, rows_BSK, groups, scale):
+    o, lse = _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, groups, scale)
     return (o, lse), (q_BSHW, latent_pool_LMW, layer, rows_BSK, o, lse)
 
 
@@ -338,7 +353,7 @@ def _attend_bwd(scale, saved, cotangents):
     q_BSHW, latent_pool_LMW, layer, rows_BSK, o, lse = saved
     dq, d_MW = sparse_mla_bwd(q_BSHW, latent_pool_LMW, layer, rows_BSK, o, lse, *cotangents, scale=scale)
     d_LMW = jnp.zeros_like(latent_pool_LMW).at[layer].set(d_MW.astype(latent_pool_LMW.dtype))
-    return dq, d_LMW, None, None
+    return dq, d_LMW, None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

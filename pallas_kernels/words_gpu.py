@@ -25,6 +25,8 @@ class Word:
     def __add__(self, o): return self._op(arith.addi, o)
     def __sub__(self, o): return self._op(arith.subi, o)
     def __mul__(self, o): return self._op(arith.muli, o)
+    def __floordiv__(self, o): return self._op(arith.divui, o)
+    def __mod__(self, o): return self._op(arith.remui, o)
     def __and__(self, o): return self._op(arith.andi, o)
     __radd__, __rmul__ = __add__, __mul__
     def __or__(self, o): return self._op(arith.ori, o)

@@ -33,7 +33,7 @@ def configurations():
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import index_topk_gpu, sparse_mla_gpu, sparse_mla_grouped_gpu
+    from pallas_kernels import index_topk_gpu, row_groups_gpu, sparse_mla_gpu, sparse_mla_grouped_gpu
 
     def spec(shape, dtype="bfloat16"):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
@@ -44,11 +44,16 @@ def configurations():
         f = functools.partial(sparse_mla_gpu.sparse_mla, scale=0.1, value_dim=512)
         yield f"sparse_mla {name}", f, (spec((1, S, H, 576)), pool, layer, spec((1, S, 2048), i32))
 
-    def grouped(q, pool, layer, rows):
-        plan = sparse_mla_grouped_gpu.plan_groups(rows, 3)
-        return sparse_mla_grouped_gpu.sparse_mla_grouped(q, pool, layer, plan, scale=0.1)
+    def grouped(q, pool, layer, positions, table):
+        plan = sparse_mla_grouped_gpu.plan_rows(positions, table, q.shape[2], pool, page_size=256)
+        return sparse_mla_gpu.sparse_mla(q, pool, layer, plan.rows_BSK, scale=0.1, groups=plan.groups)
 
-    yield "sparse_mla grouped", grouped, (spec((1, 4096, 20, 576)), pool, layer, spec((1, 4096, 2048), i32))
+    args = (spec((2, 4096, 20, 576)), pool, layer, spec((2, 4096, 2048), i32), spec((2, 128), i32))
+    yield "sparse_mla grouped or not", grouped, args
+
+    for g in (3, 6, 16):
+        f = functools.partial(row_groups_gpu.bitmap_groups, g=g, page_size=256)
+        yield f"groups of {g} by bitmaps", f, (spec((2, 4096, 2048), i32), spec((2, 784), i32))
 
     def gradient(q, pool, layer, rows):
         loss = lambda q, pool: sum(x.sum(dtype=f32) for x in sparse_mla_gpu.sparse_mla(q, pool, layer, rows, scale=0.1))

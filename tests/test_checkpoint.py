@@ -202,7 +202,7 @@ def test_a_process_reads_only_the_bytes_of_its_shards(tmp_path):
         checkpoint.open_source = lambda d: sources.append(opened(d)) or sources[-1]
         c = Config.load(sys.argv[1])
         mesh = sharding.make_mesh({"tensor": 8})
-        places = sharding.param_shardings(mesh, abstract_params(c, 3)[1])
+        places = sharding.shardings(mesh, sharding.param_specs(abstract_params(c, 3)[1]))
         params = checkpoint.load_params(sys.argv[1], c, (0, 1, 3), "bfloat16", places)
         own = 0
         for leaf in jax.tree.leaves(params):

@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import ic_jax
 from ic_jax import __main__, chat, cli, generate, info
-from ic_jax.config import Config
+from ic_jax.config import DEMO_DIRECTORY, Config
 from ic_jax.errors import UserError
+from pallas_kernels import dispatch
 
 CONFIG = dict(
     model_type="glm_moe_dsa", vocab_size=300, hidden_size=64, num_hidden_layers=8, num_attention_heads=4,
@@ -425,12 +426,28 @@ def test_info_as_a_table(capsys):
     assert "| op " in out and "needs a GPU, this process runs on cpu" in out
 
 
+def test_info_knows_the_chips_of_the_kernels():
+    assert info.CHIPS == tuple(dispatch.CHIPS)
+
+
 @pytest.mark.parametrize("chip", info.CHIPS)
 def test_info_for_another_chip(chip, capsys):
     assert info.main(["--chip", chip, "--json"]) == 0
+    backend = dispatch.CHIPS[chip].platform
     for entry in json.loads(capsys.readouterr().out)["ops"]:
-        assert entry["runs"] in ("reference", info.CHIPS[chip])
+        attention = entry["op"] in ("index_topk", "sparse_mla")
+        assert entry["runs"] == backend if attention else entry["runs"] in ("reference", backend)
         assert "this process runs on" not in str(entry["against"])
+        assert entry["runs"] == backend or entry["against"][backend]
+
+
+def test_a_chip_without_kernels_is_refused_by_name():
+    c = Config.load(DEMO_DIRECTORY)
+    args, kwargs = info.op_arguments(c, 1)["index_topk"]
+    reason = dispatch.reason_against("index_topk", "tpu", *args, on=dispatch.Target("tpu", "TPU v4"), **kwargs)
+    assert reason == "needs a TPU v5e, v5p, v6e or v7x, found TPU v4"
+    reason = dispatch.reason_against("index_topk", "gpu", *args, on=dispatch.Target("gpu", "8.0"), **kwargs)
+    assert reason == "needs a Hopper GPU (compute capability 9.0), found 8.0"
 
 
 def test_op_arguments_are_those_of_the_model(model):

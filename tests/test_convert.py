@@ -182,7 +182,7 @@ def test_entries_are_one_layer_each_and_plain_orbax_restores_them(converted):
     _, ours, weights = converted
     manifest = json.loads((ours / store.MANIFEST).read_text())
     assert len(list((ours / "weights").iterdir())) > 3
-    assert manifest["entries"]["experts.2.gate_up_proj"]["shape"] == [4, 160, 272]
+    assert manifest["entries"]["experts.2.gate_proj"]["shape"] == [4, 160, 136]
     piece = manifest["entries"]["layers.2.q_a_proj"]["pieces"][0]
     with ocp.PyTreeCheckpointer() as checkpointer:
         group = checkpointer.restore(ours.resolve() / "weights" / piece["group"])
@@ -297,7 +297,7 @@ def test_verify_against_another(converted, tmp_path, capsys):
     other["model.layers.3.mlp.experts.2.up_proj.weight"][-1, -1] += 1
     write(tmp_path / "changed", other)
     message = fails(capsys, "verify", ours, "--against", tmp_path / "changed")
-    assert message == "1 tensors differ, the first is experts.3.gate_up_proj"
+    assert message == "1 tensors differ, the first is experts.3.up_proj"
     write(tmp_path / "fewer", {n: a for n, a in weights.items() if ".layers.4." not in n})
     assert "are in one checkpoint only" in fails(capsys, "verify", source, "--against", tmp_path / "fewer")
 
