@@ -260,16 +260,17 @@ def single_tokens(directory):
 GENERATE = ("-p", PROMPT, "-m", "8", "--temp", "0.7", "--seed", "3", "--json")
 
 
-def test_two_processes_give_the_tokens_of_one(checkpoint, tmp_path):
-    """From safetensors and from our own format; only process 0 prints."""
+@pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["ours", "safetensors"])
+def test_two_processes_give_the_tokens_of_one(checkpoint, tmp_path, ours):
+    """From either kind of checkpoint; only process 0 prints."""
     from convert.__main__ import main as convert
 
-    assert convert(["hf-to-jax", str(checkpoint), str(tmp_path / "ours")]) == 0
-    for directory in (checkpoint, tmp_path / "ours"):
-        first, second = ended(processes(directory, (0, 1), 2, *GENERATE, "--mesh", "context=2"))
-        assert first[0] == second[0] == 0, first[2] + second[2]
-        assert json.loads(first[1].splitlines()[-1])["tokens"] == single_tokens(checkpoint)
-        assert "2 x cpu" in first[2] and second[1] == "" and "Prompt:" not in second[2]
+    directory = tmp_path / "ours" if ours else checkpoint
+    assert not ours or convert(["hf-to-jax", str(checkpoint), str(directory)]) == 0
+    first, second = ended(processes(directory, (0, 1), 2, *GENERATE, "--mesh", "context=2"))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert json.loads(first[1].splitlines()[-1])["tokens"] == single_tokens(checkpoint)
+    assert "2 x cpu" in first[2] and second[1] == "" and "Prompt:" not in second[2]
 
 
 @pytest.mark.slow
@@ -295,10 +296,10 @@ def test_processes_with_other_arguments(checkpoint):
 
 
 def test_a_killed_process_ends_the_others(checkpoint):
-    flags = ("-p", PROMPT, "-m", "100000", "--max-context", "120000", "--mesh", "tensor=2")
-    first, second = processes(checkpoint, (0, 1), 2, *flags, patience=60)
+    first, second = processes(checkpoint, (0, 1), 2, "-p", PROMPT, "-m", "100000", "--mesh", "tensor=2")
     while not (line := first.stderr.readline()).startswith("=="):  # generation has begun
-        assert line, "process 0 ended"
+        if not line:
+            pytest.fail(str(ended((first, second))))
     second.send_signal(signal.SIGKILL)
     begun = time.monotonic()
     ((status, _, err), _) = ended((first, second), 60)
