@@ -182,6 +182,8 @@ def windows(tokens: Sequence[int], seq_len: int, samples: int | None = None) -> 
 
     ``samples``: at most so many, evenly spread. Raises UserError when there is not even one.
     """
+    if samples is not None and samples < 1:
+        raise UserError(f"samples must be at least 1, not {samples}")
     tokens = np.asarray(tokens, np.int32).reshape(-1)
     n = (len(tokens) - 1) // seq_len
     if n < 1:
