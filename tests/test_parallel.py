@@ -182,6 +182,25 @@ def test_collectives_are_those_intended(text, queries, allowed):
     assert set(found) == allowed, found
 
 
+def test_search_and_eval_run_divided():
+    """Spans of layers over whole sequences, as search and eval run them; one sequence is not divided over data."""
+    from ic_jax.calibration import Runner
+    from ic_jax.engine import Engine
+
+    def losses(mesh, sequences):
+        engine = Engine(divided(mesh), CONFIG, SLOTS, max_context=1024, prefill_chunk=64, dtype=np.dtype("float32"),
+                        implementation="reference", mesh=mesh)  # fmt: skip
+        runner, ids = Runner(engine, 96), np.tile(tokens()[:1, :97], (sequences, 1))
+        ids[-1] = ids[-1, ::-1]
+        state = runner.advance(runner.begin(ids[:, :-1]), SLOTS, 0, 2)
+        state = runner.advance(state, (0, -1, -1, -1, -1), 2)
+        return np.asarray(runner.sequence_losses(state, ids[:, 1:]))
+
+    mesh = mesh_of("data=2,tensor=2,context=2")
+    for sequences in (2, 1):
+        np.testing.assert_allclose(losses(mesh, sequences), losses(None, sequences), rtol=1e-4)
+
+
 def test_meshes_that_do_not_divide():
     for text, message in [
         ("tensor=3", "tensor=3 does not divide 4 attention heads; valid: 1,2,4"),
