@@ -6,6 +6,7 @@ Pattern and span are data, so a Runner compiles each program once a batch shape,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from . import cache as caches
-from . import model
+from . import model, sharding
 from .config import DEMO_DIRECTORY, Config
 from .errors import UserError
+from .parallel import Parallel
 
 HEAD_BYTES = 256 << 20  # logits that exist at a time
 BATCH_TOKENS = 8192  # of one mini-batch, unless a sequence alone is longer
@@ -41,6 +44,7 @@ class _Static(NamedTuple):
     index_dtype: str | None
     dense: bool
     implementation: str
+    mesh: Mesh | None
 
 
 class Runner:
@@ -51,12 +55,13 @@ class Runner:
     """
 
     def __init__(self, engine, seq_len: int, *, dense: bool | None = None, index_dtype=None):
-        self.params, self.config, self.seq_len = engine.params, engine.config, seq_len
+        self.params, self.config, self.seq_len, self.mesh = engine.params, engine.config, seq_len, engine.mesh
         self.n_layers, self.implementation = self.config.num_hidden_layers, engine.options["implementation"]
         index_dtype = index_dtype or engine.index_dtype
         self._static = _Static(
             self.config, jnp.dtype(engine.dtype).name, None if index_dtype is None else jnp.dtype(index_dtype).name,
             (engine.options["dense"] if dense is None else dense) or not self.config.has_indexer, self.implementation,
+            self.mesh,
         )  # fmt: skip
 
     def begin(self, ids_BS) -> State:
@@ -93,14 +98,30 @@ def _begin(params, ids_BS, *, k: int):
 
 @functools.partial(jax.jit, static_argnames="static")
 def _advance(params, state, slots, start, stop, *, static: _Static):
-    c, (B, S, _) = static.config, state.x_BSD.shape
-    one_layer, dtypes = c.replace(num_hidden_layers=1), dict(dtype=static.dtype, index_dtype=static.index_dtype)
-    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes, implementation=static.implementation)
+    B, S, _ = state.x_BSD.shape
     positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    plan = model.index_plan(params, cache, state.positions_BSK, static.implementation)
+    parallel, args = Parallel.of(static.mesh, S), (params, state, positions_BS, slots, start, stop)
+    if B % parallel.data:  # every device along data then computes the same
+        parallel = dataclasses.replace(parallel, data=1)
+    run = functools.partial(_advance_here, static=static, parallel=parallel, pages=caches.pages_for(S))
+    if static.mesh is None:
+        return run(*args)
+    indexers = params["indexer"]["wk"].shape[0] if "indexer" in params else 0
+    weights = sharding.param_specs(model.abstract_params(static.config, indexers)[1])
+    tokens, same = parallel.tokens_spec(), PartitionSpec()
+    specs = dict(in_specs=(weights, State(tokens, tokens), tokens, same, same, same), out_specs=State(tokens, tokens))
+    return jax.shard_map(run, mesh=static.mesh, **specs, check_vma=False)(*args)
+
+
+def _advance_here(params, state, positions_BS, slots, start, stop, *, static: _Static, parallel: Parallel, pages: int):
+    """The part of one device."""
+    c, B, context = static.config, len(positions_BS), -(-pages // parallel.parts) * caches.PAGE_SIZE
+    one_layer, dtypes = c.replace(num_hidden_layers=1), dict(dtype=static.dtype, index_dtype=static.index_dtype)
+    cache = caches.allocate(one_layer, int(not static.dense), B, context, **dtypes, implementation=static.implementation)
+    plan = model.index_plan(params, cache, state.positions_BSK, static.implementation, parallel)
     (x_BSD, plan, _), _ = model.run_layers(
         params, c, slots, (state.x_BSD, plan, cache), positions_BS, span=(start, stop), dense=static.dense,
-        implementation=static.implementation,
+        implementation=static.implementation, parallel=parallel,
     )  # fmt: skip
     return State(x_BSD, plan.positions_BSK)
 

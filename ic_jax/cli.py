@@ -208,6 +208,9 @@ def _explain(e: BaseException) -> tuple[str, int] | None:
         return str(e) or "this is not implemented", 2
     if isinstance(e, OSError):
         return (f"{e.filename}: {e.strerror}" if e.filename else str(e)), 2
+    if _several_processes() and type(e).__name__ == "JaxRuntimeError":
+        reason = (str(e).strip().splitlines() or ["no reason given"])[0][:200]
+        return f"an exchange with the other processes failed, most likely because one of them ended ({reason})", 2
     if "RESOURCE_EXHAUSTED" in str(e) or isinstance(e, MemoryError):
         return "out of memory; try a smaller --max-context or --prefill-chunk, or --mesh over more devices", 2
     return None

@@ -170,7 +170,7 @@ class Parallel:
 
     def tokens_spec(self) -> PartitionSpec:
         """Of arrays [B,S]."""
-        return PartitionSpec("data", SEQUENCE if self.split else None)
+        return PartitionSpec("data" if self.data > 1 else None, SEQUENCE if self.split else None)
 
 
 ALONE = Parallel()  # one device: nothing is divided, nothing exchanged

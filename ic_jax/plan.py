@@ -24,11 +24,13 @@ class Layout:
     """A model, its caches and one mesh: what lies on a device, and what a step makes it do.
 
     All sizes in bytes of one device. ``sizes``: mesh axes as ``sharding.parse_mesh`` gives them. ``pattern``: None for
-    dense attention. ``index_dtype``: None for ``dtype``.
+    dense attention. ``chip``: one of LINKS, whose kernels lay cache rows out. ``index_dtype``: None for ``dtype``.
     """
 
-    def __init__(self, config, pattern, sizes, *, context, batch, chunk, dtype="bfloat16", index_dtype=None):
+    def __init__(self, config, pattern, sizes, chip, *, context, batch, chunk, dtype="bfloat16", index_dtype=None):
         import jax.numpy as jnp
+
+        from pallas_kernels import dispatch, latent_row_shape
 
         from . import cache
         from .parallel import Parallel
@@ -36,6 +38,7 @@ class Layout:
         self.c, self.pattern, self.sizes, self.context, self.dtype = config, pattern, sizes, context, dtype
         self.p, self.index_dtype = Parallel(**sizes), index_dtype
         self.slots = pattern.n_full if pattern else 0
+        self.columns = math.prod(latent_row_shape(config.latent_dim, jnp.dtype(dtype), on=dispatch.CHIPS[chip]))
         self.batch = -(-batch // self.p.data)
         # A chunk that the sequence axes do not divide would not be split.
         self.chunk = min(max(chunk // self.p.parts, 1) * self.p.parts, -(-context // self.p.parts) * self.p.parts)
@@ -55,12 +58,12 @@ class Layout:
         c, p, B = self.c, self.p, self.batch
         rows, queries, X = B * self.tokens, B * self.chunk // p.parts, c.num_experts_per_tok
         K = min(c.index_topk, self.context) if self.pattern else 0
-        gathered = rows * p.parts * (c.latent_dim * self.itemsize + (self.key if self.slots else 0)) if p.parts > 1 else 0
+        gathered = rows * p.parts * (self.columns * self.itemsize + (self.key if self.slots else 0)) if p.parts > 1 else 0
         stream = queries * (6 * c.hidden_size + 3 * c.num_attention_heads // p.tensor * c.latent_dim) * self.itemsize
         routed = queries * p.expert * X * (2 * c.hidden_size + 3 * c.moe_intermediate_size // p.tensor) * self.itemsize
         return {
             "weights": sharding.bytes_per_device(*abstract_params(c, self.slots, self.dtype), self.sizes),
-            "latent cache": rows * c.num_hidden_layers * c.latent_dim * self.itemsize,
+            "latent cache": rows * c.num_hidden_layers * self.columns * self.itemsize,
             "index keys": rows * self.slots * self.key,
             "workspace (estimate)": gathered + stream + max(routed, queries * K * 12) + (512 << 20),
         }
@@ -105,7 +108,7 @@ class Layout:
         if split:
             rows = self.tokens * p.parts * B
             add(L, B * queries * U * self.itemsize, p.parts)  # new latents
-            add(L, rows * U * self.itemsize, p.parts)  # a layer's cache
+            add(L, rows * self.columns * self.itemsize, p.parts)  # a layer's cache
             add(self.slots, B * queries * self.key, p.parts)
             add(self.slots, rows * self.key, p.parts)
             add(2 * sparse, mine * p.expert * D * self.itemsize, p.expert)
@@ -146,7 +149,7 @@ def least_mesh(config, pattern, chip: str, limit: int, **options) -> dict[str, i
             sharding.check_mesh(config, sizes)
         except UserError:
             continue
-        if sum(Layout(config, pattern, sizes, **options).memory().values()) <= capacity(chip):
+        if sum(Layout(config, pattern, sizes, chip, **options).memory().values()) <= capacity(chip):
             return sizes
     return None
 
@@ -186,7 +189,7 @@ def _body(args) -> None:
         context=args.context, batch=args.batch, chunk=args.prefill_chunk or CHUNK, dtype=args.dtype,
         index_dtype=args.index_dtype,
     )  # fmt: skip
-    layout, console = Layout(config, pattern, sizes, **options), cli.Console(args.quiet)
+    layout, console = Layout(config, pattern, sizes, args.chip, **options), cli.Console(args.quiet)
     memory, room = layout.memory(), capacity(args.chip)
     total = sum(memory.values())
     found = None if total <= room else least_mesh(config, pattern, args.chip, 1 << 14, **options)

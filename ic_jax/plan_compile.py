@@ -39,7 +39,9 @@ def programs(config, pattern, sizes: dict[str, int], chip: str, layout) -> dict[
     full layers are counted for full layers only.
     """
     name = topology(chip, math.prod(sizes.values()))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for a cloud machine's metadata
+    # Compiling touches no TPU: no need of a cloud machine's metadata, nor of being the only process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -54,7 +56,8 @@ def programs(config, pattern, sizes: dict[str, int], chip: str, layout) -> dict[
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ModuleNotFoundError) as e:
-        raise UserError(f"--compile needs libtpu (pip install 'ic-jax[tpu]'): {str(e).splitlines()[0][:160]}") from None
+        why = str(e).splitlines()[0][:160]
+        raise UserError(f"--compile needs libtpu (pip install 'ic-jax[tpu]'), and it said: {why}") from None
     shape = [sizes.get(axis, 1) for axis in sharding.MESH_AXES]
     mesh = Mesh(np.array(devices).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
     slots = (-1,) * config.num_hidden_layers if pattern is None else pattern.slots(pattern.full_layers)

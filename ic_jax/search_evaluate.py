@@ -192,7 +192,9 @@ class Evaluator:
         """Values that layer ``layer`` reads from the selection of the State ``selecting``, [B,S,H·V] before o_proj."""
         r = self.runner
         args = (entering.x_BSD, selecting.positions_BSK, np.int32(layer))
-        return _attention_output(r.params, r.config, *args, implementation=r.implementation)
+        # Kernels do not divide themselves over a mesh.
+        implementation = "reference" if r.mesh is not None else r.implementation
+        return _attention_output(r.params, r.config, *args, implementation=implementation)
 
 
 @jax.jit

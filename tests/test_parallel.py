@@ -182,6 +182,25 @@ def test_collectives_are_those_intended(text, queries, allowed):
     assert set(found) == allowed, found
 
 
+def test_search_and_eval_run_divided():
+    """Spans of layers over whole sequences, as search and eval run them; one sequence is not divided over data."""
+    from ic_jax.calibration import Runner
+    from ic_jax.engine import Engine
+
+    def losses(mesh, sequences):
+        engine = Engine(divided(mesh), CONFIG, SLOTS, max_context=1024, prefill_chunk=64, dtype=np.dtype("float32"),
+                        implementation="reference", mesh=mesh)  # fmt: skip
+        runner, ids = Runner(engine, 96), np.tile(tokens()[:1, :97], (sequences, 1))
+        ids[-1] = ids[-1, ::-1]
+        state = runner.advance(runner.begin(ids[:, :-1]), SLOTS, 0, 2)
+        state = runner.advance(state, (0, -1, -1, -1, -1), 2)
+        return np.asarray(runner.sequence_losses(state, ids[:, 1:]))
+
+    mesh = mesh_of("data=2,tensor=2,context=2")
+    for sequences in (2, 1):
+        np.testing.assert_allclose(losses(mesh, sequences), losses(None, sequences), rtol=1e-4)
+
+
 def test_meshes_that_do_not_divide():
     for text, message in [
         ("tensor=3", "tensor=3 does not divide 4 attention heads; valid: 1,2,4"),
@@ -260,16 +279,17 @@ def single_tokens(directory):
 GENERATE = ("-p", PROMPT, "-m", "8", "--temp", "0.7", "--seed", "3", "--json")
 
 
-def test_two_processes_give_the_tokens_of_one(checkpoint, tmp_path):
-    """From safetensors and from our own format; only process 0 prints."""
+@pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["ours", "safetensors"])
+def test_two_processes_give_the_tokens_of_one(checkpoint, tmp_path, ours):
+    """From either kind of checkpoint; only process 0 prints."""
     from convert.__main__ import main as convert
 
-    assert convert(["hf-to-jax", str(checkpoint), str(tmp_path / "ours")]) == 0
-    for directory in (checkpoint, tmp_path / "ours"):
-        first, second = ended(processes(directory, (0, 1), 2, *GENERATE, "--mesh", "context=2"))
-        assert first[0] == second[0] == 0, first[2] + second[2]
-        assert json.loads(first[1].splitlines()[-1])["tokens"] == single_tokens(checkpoint)
-        assert "2 x cpu" in first[2] and second[1] == "" and "Prompt:" not in second[2]
+    directory = tmp_path / "ours" if ours else checkpoint
+    assert not ours or convert(["hf-to-jax", str(checkpoint), str(directory)]) == 0
+    first, second = ended(processes(directory, (0, 1), 2, *GENERATE, "--mesh", "context=2"))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert json.loads(first[1].splitlines()[-1])["tokens"] == single_tokens(checkpoint)
+    assert "2 x cpu" in first[2] and second[1] == "" and "Prompt:" not in second[2]
 
 
 @pytest.mark.slow
@@ -295,10 +315,10 @@ def test_processes_with_other_arguments(checkpoint):
 
 
 def test_a_killed_process_ends_the_others(checkpoint):
-    flags = ("-p", PROMPT, "-m", "100000", "--max-context", "120000", "--mesh", "tensor=2")
-    first, second = processes(checkpoint, (0, 1), 2, *flags, patience=60)
+    first, second = processes(checkpoint, (0, 1), 2, "-p", PROMPT, "-m", "100000", "--mesh", "tensor=2")
     while not (line := first.stderr.readline()).startswith("=="):  # generation has begun
-        assert line, "process 0 ended"
+        if not line:
+            pytest.fail(str(ended((first, second))))
     second.send_signal(signal.SIGKILL)
     begun = time.monotonic()
     ((status, _, err), _) = ended((first, second), 60)

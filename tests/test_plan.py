@@ -17,7 +17,7 @@ NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
 def layout(sizes, c=divided.CONFIG, pattern=None, **options):
     options = dict(context=2048, batch=2, chunk=divided.CHUNK, dtype="float32") | options
-    return plan.Layout(c, pattern or c.pattern, dict.fromkeys(sharding.MESH_AXES, 1) | sizes, **options)
+    return plan.Layout(c, pattern or c.pattern, dict.fromkeys(sharding.MESH_AXES, 1) | sizes, "h200", **options)
 
 
 @pytest.mark.parametrize("text", ["tensor=2", "data=2,expert=2,context=2", "tensor=2,context=4"])
@@ -86,7 +86,7 @@ def test_the_least_mesh_that_fits_is_named(capsys):
     assert least["fits"] and least["devices"] == 16
     assert plan.main([*flags, "--mesh", "tensor=8"]) == 0
     out = capsys.readouterr().out
-    assert f"It does not fit: " in out and f"the least mesh that holds it is {found['least_mesh']}" in out
+    assert "It does not fit: " in out and f"the least mesh that holds it is {found['least_mesh']}" in out
     small = run(capsys, "--model", "glm-4.7-flash-dsa", "--context", "200000", "--index-pattern", "all-full")
     quarter = run(capsys, "--model", "glm-4.7-flash-dsa", "--context", "200000")
     assert small["fits"] and small["bytes"]["index keys"] * 12 == quarter["bytes"]["index keys"] * 47
@@ -97,7 +97,7 @@ def test_the_least_mesh_that_fits_is_named(capsys):
     ("flags", "message"),
     [
         (["--model", "glm-6"], "glm-6 has no config.json"),
-        (["--model", "glm-5.2", "--mesh", "tensor=6"], "tensor=6 does not divide 64 attention heads; valid: 1,2,4,8,16,32,64"),
+        (["--model", "glm-5.2", "--mesh", "tensor=6"], "tensor=6 does not divide 64 attention heads; valid: 1,2,4,8,16"),
         (["--model", "glm-5", "--context", "300000"], "--context 300000 is more than the model's 202752 positions"),
         (["--index-pattern", "FS"], "has 2 characters, the model has 12 layers"),
         (["--mesh", "tensor"], "write axis=size pairs"),
@@ -124,8 +124,8 @@ def test_programs_compile_for_tpus(capsys):
     found = run(capsys, *flags, "--compile")
     expected = {k: v for k, v in found["bytes"].items() if "estimate" not in k}
     for step in found["compiled"].values():
-        # The compiler pads and splits rows; nothing as large as a cache is copied.
-        assert 0.9 < step["bytes"]["arguments"] / sum(expected.values()) < 1.6
+        # The compiler pads small arrays; nothing as large as a cache is copied.
+        assert 0.95 < step["bytes"]["arguments"] / sum(expected.values()) < 1.3
         assert step["bytes"]["results beside them"] < 2**20
         assert set(step["collectives"]) <= {"all-gather", "all-reduce"}
     assert found["compiled"]["prefill of a chunk"]["collectives"]["all-gather"][0] == 1 + 2 * 12 + 3 * 12
