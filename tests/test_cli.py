@@ -463,7 +463,7 @@ def test_op_arguments_are_those_of_the_model(model):
         for op, (args, kwargs) in info.op_arguments(c, queries, context=512).items():
             call = functools.partial(getattr(pallas_kernels, op), implementation="reference", **kwargs)
             out = jax.tree.leaves(jax.eval_shape(call, *args))
-            assert out[0].shape[:2] == ((queries * 2, 64) if op == "grouped_matmul" else (1, queries))
+            assert out[0].shape[:2] == ((queries * 2, 32) if op == "grouped_matmul" else (1, queries))
 
 
 def test_forced_implementation_says_why_not(model):
