@@ -27,7 +27,7 @@ from ic_jax.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    debug = "--debug" in (sys.argv if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser().parse_args(argv)
         args.run(args)
@@ -37,12 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as e:
-        if debug:
+        if "--debug" in argv:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)  # names in a file may hold line breaks
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        resumes = {"hf-to-jax", "jax-to-hf"} & set(argv)
+        print("interrupted" + ("; the same command with --resume goes on" if resumes else ""), file=sys.stderr)
         return 130
 
 

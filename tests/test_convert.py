@@ -310,6 +310,7 @@ def test_errors_are_one_line(converted, tmp_path, capsys):
     assert "is not one of our directories" in fails(capsys, "jax-to-hf", source, dst)
     assert "already exists and is not empty" in fails(capsys, "hf-to-jax", source, ours)
     assert "has no config.json" in fails(capsys, "inspect", tmp_path)
+    assert "two lines does not exist" in fails(capsys, "inspect", tmp_path / "two\nlines")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError):
         main(["hf-to-jax", str(ours), str(dst), "--debug"])
@@ -479,3 +480,20 @@ def test_a_place_that_cannot_be_written(converted, tmp_path, capsys):
     (tmp_path / "file").touch()
     for command in (["hf-to-jax", source], ["jax-to-hf", ours]):
         assert fails(capsys, *command, tmp_path / "file" / "x") == f"{tmp_path}/file/x cannot be written: Not a directory"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("hf-to-jax", "interrupted; the same command with --resume goes on\n"), ("verify", "interrupted\n")],
+)
+def test_interrupts_say_how_to_go_on(converted, tmp_path, capsys, monkeypatch, command, message):
+    source, ours, _ = converted
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_group", interrupted)
+    monkeypatch.setattr(store, "checksum", interrupted)
+    capsys.readouterr()
+    assert main([command, str(source), str(tmp_path / "x")] if command == "hf-to-jax" else [command, str(ours)]) == 130
+    assert capsys.readouterr().err.endswith(message)
