@@ -87,7 +87,10 @@ def dense_mla(
 def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto"):
     """Rows of ``x``, sorted by expert, times their expert's matrix of layer ``layer``: [N, F] in x's dtype.
 
-    ``group_sizes_E`` int32 sums to N: the first ``group_sizes[0]`` rows go to expert 0, and so on.
+    ``group_sizes_E`` int32 sums to N: the first ``group_sizes[0]`` rows go to expert 0, and so on. "gpu" and "tpu" mean
+    that kernel where it can run, as a model's other ops may have one that this has not.
     """
-    implementation = implementation if implementation == "reference" else "auto"
-    return dispatch.call("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
+    args = (x_ND, w_LEDF, layer, group_sizes_E)
+    if implementation in ("gpu", "tpu") and dispatch.reason_against("grouped_matmul", implementation, *args, forced=True):
+        implementation = "auto"
+    return dispatch.call("grouped_matmul", implementation, *args)

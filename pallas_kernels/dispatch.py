@@ -16,14 +16,17 @@ _OPS = {
     "plan_rows": {"gpu": "sparse_mla_grouped_gpu"},
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
-    "grouped_matmul": {},
+    "grouped_matmul": {"gpu": "grouped_matmul_gpu"},
 }
+# Kernels that compile but have not run on a device yet: "auto" leaves them out, implementation="gpu" takes them.
+ON_TRIAL = {("grouped_matmul", "gpu")}
 
 
-def reason_against(op: str, backend: str, *args, platform: str | None = None, **kwargs) -> str | None:
+def reason_against(op: str, backend: str, *args, platform: str | None = None, forced=False, **kwargs) -> str | None:
     """Why ``backend`` ("gpu" or "tpu") cannot run ``op`` on these arguments (arrays or ShapeDtypeStructs); None if it can.
 
-    ``platform`` is the JAX platform to ask for; None asks for this process's own device, its chip included.
+    ``platform`` is the JAX platform to ask for; None asks for this process's own device, its chip included. ``forced``:
+    kernels on trial count too.
     """
     if backend not in _OPS[op]:
         return f"no {backend} kernel for {op} yet"
@@ -35,7 +38,10 @@ def reason_against(op: str, backend: str, *args, platform: str | None = None, **
         capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
         if capability != "9.0":
             return f"needs a Hopper GPU (compute capability 9.0), found {capability}"
-    return importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
+    reason = importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
+    if reason is None and not forced and (op, backend) in ON_TRIAL:
+        return f"the kernel has not run on a device yet: only implementation={backend} takes it"
+    return reason
 
 
 def choose(op: str, implementation: str, *args, **kwargs) -> str:
@@ -50,7 +56,7 @@ def choose(op: str, implementation: str, *args, **kwargs) -> str:
     if implementation == "auto":
         able = [b for b in _OPS[op] if reason_against(op, b, *args, **kwargs) is None]
         return able[0] if able else "reference"
-    reason = reason_against(op, implementation, *args, **kwargs)
+    reason = reason_against(op, implementation, *args, forced=True, **kwargs)
     if reason is not None:
         raise NotImplementedError(f"{op}: implementation={implementation}: {reason}")
     return implementation

@@ -395,7 +395,7 @@ def test_info_as_json(capsys):
     assert not err and {"jax", "jaxlib", "flax", "ic-jax"} <= result["versions"].keys()
     assert result["devices"][0]["platform"] == "cpu" and result["devices"][0]["count"] >= 1
     ops = {(e["op"], e["step"]): e for e in result["ops"] if e["model"] == "glm-4.7-flash-dsa"}
-    assert len(ops) == 8
+    assert len(ops) == 10
     assert all(e["runs"] == "reference" and set(e["against"]) == {"gpu", "tpu"} for e in ops.values())
 
 
