@@ -18,7 +18,8 @@ from . import matvec_gpu, reference
 
 FEW = 16  # rows up to which each reads its own matrix
 HALF, DEPTH, CHUNK = 64, 64, 64  # rows of a computing warpgroup, of the matrices a stage, columns stored at a time
-ROWS, STAGES, SMS = 2 * HALF, 4, 132
+ROWS, SMS = 2 * HALF, 132
+RING = 192 * 1024  # bytes of the stages: four at 256 columns, six at 128
 SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 ROW_SWIZZLE = (plgpu.TilingTransform((1, 64)), plgpu.SwizzleTransform(128))  # the same bytes, rows of it can be stored
 
@@ -48,9 +49,9 @@ def tile_table(group_sizes_E, N, columns):
 def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, full, empty, depth, first_row):
     """The kernel body; meta: the layer and the number of tiles; first_row(layer, expert) of w_MF [layers * E * D, F]."""
     worker, wg = lax.axis_index("worker"), lax.axis_index("wg")
-    steps, width = depth // DEPTH, w_smem.shape[2]
+    steps, (stages, _, width) = depth // DEPTH, w_smem.shape
     mine = lax.div(meta_2[1] - worker + SMS - 1, SMS)
-    stage_of = lambda step: lax.rem(step, STAGES)
+    stage_of = lambda step: lax.rem(step, stages)
 
     @pl.when(wg == 2)
     def _load():
@@ -63,7 +64,7 @@ def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, ful
             def step(k, _):
                 stage = stage_of(done + k)
 
-                @pl.when(done + k >= STAGES)
+                @pl.when(done + k >= stages)
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
@@ -75,7 +76,9 @@ def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, ful
             lax.fori_loop(0, steps, step, None)
             return done + steps
 
-        lax.fori_loop(0, mine, tile, jnp.int32(0))
+        done = lax.fori_loop(0, mine, tile, jnp.int32(0))
+        for last in range(1, stages + 1):  # leaves no barrier in a phase that nobody has seen
+            pl.when(done >= last)(functools.partial(plgpu.barrier_wait, empty.at[stage_of(done - last)]))
 
     @pl.when(wg < 2)
     def _compute():
@@ -134,10 +137,11 @@ def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, ful
         plgpu.wait_smem_to_gmem(0)
 
 
-def ragged(x_ND, w_LEDF, layer, group_sizes_E, *, interpret=None):
-    """`grouped_matmul` by tiles: [N, F] bfloat16 from float32 sums. D a multiple of 64, F of 128."""
+def ragged(x_ND, w_LEDF, layer, group_sizes_E, *, width=None, interpret=None):
+    """`grouped_matmul` by tiles of `width` columns, 256 or 128: [N, F] bfloat16. D a multiple of 64, F of `width`."""
     (N, D), (L, E, _, F) = x_ND.shape, w_LEDF.shape
-    width = 256 if F % 256 == 0 else 128
+    width = width or (256 if F % 256 == 0 else 128)
+    stages = RING // (2 * DEPTH * (ROWS + width))
     table_T5, tiles = tile_table(group_sizes_E, N, F // width)
     smem = functools.partial(plgpu.SMEM, dtype=x_ND.dtype)
     kernel = plgpu.kernel(
@@ -148,11 +152,11 @@ def ragged(x_ND, w_LEDF, layer, group_sizes_E, *, interpret=None):
         num_threads=3,
         thread_name="wg",
         scratch_types=dict(
-            x_smem=smem((STAGES, ROWS, DEPTH), transforms=SWIZZLE),
-            w_smem=smem((STAGES, DEPTH, width), transforms=SWIZZLE),
+            x_smem=smem((stages, ROWS, DEPTH), transforms=SWIZZLE),
+            w_smem=smem((stages, DEPTH, width), transforms=SWIZZLE),
             out_smem=smem((4, HALF, CHUNK), transforms=ROW_SWIZZLE),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         interpret=interpret,
