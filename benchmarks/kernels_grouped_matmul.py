@@ -1,9 +1,10 @@
-"""Checks and times grouped_matmul on a Hopper GPU: python benchmarks/kernels_grouped_matmul.py [check] [prefill] [decode].
+"""Checks and times grouped_matmul and layer_matmul on a Hopper GPU: python benchmarks/kernels_grouped_matmul.py [check]
+[prefill] [decode] [dense], all of them by default.
 
 Device time is the sum of the kernels of one call (CUPTI, median of 8), wall a synchronised call. Prefill: 2*N*D*F FLOP
-against 790 TFLOP/s, a measured bf16 product. Decode: one program that goes through all 46 layers, so that no matrix
-is found in the cache; time a layer, and bytes of the chosen experts' matrices against 4.3 TB/s. Ends with one line of
-JSON. tokamax is timed beside if it is installed.
+against 790 TFLOP/s, a measured bf16 product. Decode and dense: one program that goes through all layers, so that no
+matrix is found in the cache; time a layer, and bytes of the matrices read against 4.3 TB/s. Ends with one line of JSON.
+tokamax is timed beside if it is installed.
 """
 
 import functools
@@ -18,9 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from kernels_sparse_mla import PEAK_BYTES, PEAK_FLOPS, clock
 
-from pallas_kernels import grouped_matmul_gpu, matvec_gpu, reference
+from pallas_kernels import grouped_matmul_gpu, layer_matmul_gpu, matvec_gpu, reference
 
 LAYERS, EXPERTS = 46, 64
+DENSE = {  # [F, D] of a decode step's products at the 30B shape, and how many layers
+    "q_a": (768, 2048, 47), "q_b": (5120, 768, 47), "kv_a": (576, 2048, 47), "o": (2048, 5120, 47),
+    "shared gate": (1536, 2048, 46), "shared down": (2048, 1536, 46), "head": (154880, 2048, 2),
+}  # fmt: skip
 GATE, DOWN, RECORDED = (2048, 1536), (1536, 2048), (2048, 3072)
 PEERS = {"recorded": 1610, "recorded xla": 34_400, "four rows": 128, "four rows xla": 373}  # us, tokamax untuned and XLA
 
@@ -63,6 +68,16 @@ def check():
         ok = error < 2**-7 and bool((y == again).all())
         good &= ok
         print(f"{N} {kind} rows, [{layers}, {experts}, {D}, {F}]: {error:.1e} {'ok' if ok else 'WRONG'}", flush=True)
+    for N, F, D, layers in ((1, 768, 2048, 47), (4, 5120, 768, 47), (2, 2048, 5120, 220), (1, 154880, 2048, 1)):
+        w = stack(layers, 1, F, D)[:, 0]  # 220 layers are 2.3e9 elements
+        x, layer = jax.random.normal(jax.random.key(N), (N, D), jnp.bfloat16), jnp.int32(layers - 1)
+        f = jax.jit(layer_matmul_gpu.layer_matmul)
+        y, again = f(x, w, layer), f(x, w, layer)
+        want = jnp.einsum("nd,fd->nf", x, w[layer], preferred_element_type=jnp.float32)
+        error = float(jnp.abs(y.astype(jnp.float32) - want).max() / jnp.abs(want).max())
+        ok = error < 2**-7 and bool((y == again).all())
+        good &= ok
+        print(f"{N} rows, [{layers}, {F}, {D}]: {error:.1e} {'ok' if ok else 'WRONG'}", flush=True)
     return {"checks": "ok" if good else "WRONG"}
 
 
@@ -173,8 +188,29 @@ def decode():
     )  # fmt: skip
 
 
+def through_matrices(product):
+    def run(x, w):
+        layer = lambda total, l: (total + product(x, w, l).astype(jnp.float32), None)
+        return jax.lax.scan(layer, jnp.zeros((x.shape[0], w.shape[1]), jnp.float32), jnp.arange(w.shape[0]))[0]
+
+    return jax.jit(run)
+
+
+def dense():
+    out = {}
+    for what, (F, D, layers) in DENSE.items():
+        w = stack(layers, 1, F, D)[:, 0]
+        for N in (1, 4):
+            x = jax.random.normal(jax.random.key(N), (N, D), jnp.bfloat16)
+            for name, f in {"in place": layer_matmul_gpu.layer_matmul, "XLA": reference.layer_matmul}.items():
+                device, spread, wall, kernels = clock(through_matrices(f), x, w, calls=4)
+                timing = device / layers, spread / layers, wall / layers, None
+                out |= line(f"{what}: {N} x {D} x {F}, {name}, {len(kernels) / layers:.1f} kernels", timing, moved=2 * F * D)
+    return out
+
+
 if __name__ == "__main__":
-    modes = {"check": check, "prefill": prefill, "decode": decode}
+    modes = {"check": check, "prefill": prefill, "decode": decode, "dense": dense}
     chosen = sys.argv[1:] or list(modes)
     if unknown := set(chosen) - set(modes):
         sys.exit(f"unknown {', '.join(unknown)}: choose from {', '.join(modes)}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 from . import dispatch
 from .row_plan import RowPlan, physical_rows
 
-__all__ = ["RowPlan", "dense_mla", "grouped_matmul", "index_topk", "physical_rows", "plan_rows", "sparse_mla"]
+__all__ = [
+    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "layer_matmul", "physical_rows", "plan_rows", "sparse_mla",
+]  # fmt: skip
 
 
 def index_topk(
@@ -90,7 +92,19 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto")
     ``group_sizes_E`` int32 sums to N: the first ``group_sizes[0]`` rows go to expert 0, and so on. "gpu" and "tpu" mean
     that kernel where it can run, as a model's other ops may have one that this has not.
     """
-    args = (x_ND, w_LEDF, layer, group_sizes_E)
-    if implementation in ("gpu", "tpu") and dispatch.reason_against("grouped_matmul", implementation, *args, forced=True):
+    return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
+
+
+def layer_matmul(x, w_LFD, layer, *, implementation="auto"):
+    """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in x's dtype.
+
+    A kernel reads the few rows of a decode step's products in place, at memory speed; "gpu" and "tpu" as in
+    ``grouped_matmul``.
+    """
+    return _where_it_can("layer_matmul", implementation, x, w_LFD, layer)
+
+
+def _where_it_can(op, implementation, *args):
+    if implementation in ("gpu", "tpu") and dispatch.reason_against(op, implementation, *args, forced=True):
         implementation = "auto"
-    return dispatch.call("grouped_matmul", implementation, *args)
+    return dispatch.call(op, implementation, *args)

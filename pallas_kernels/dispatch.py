@@ -17,9 +17,10 @@ _OPS = {
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
     "grouped_matmul": {"gpu": "grouped_matmul_gpu"},
+    "layer_matmul": {"gpu": "layer_matmul_gpu"},
 }
 # Kernels that compile but have not run on a device yet: "auto" leaves them out, implementation="gpu" takes them.
-ON_TRIAL = {("grouped_matmul", "gpu")}
+ON_TRIAL = {("grouped_matmul", "gpu"), ("layer_matmul", "gpu")}
 
 
 def reason_against(op: str, backend: str, *args, platform: str | None = None, forced=False, **kwargs) -> str | None:

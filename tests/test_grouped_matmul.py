@@ -1,4 +1,4 @@
-"""The Hopper kernels of grouped_matmul in GPU interpret mode, against the oracle."""
+"""The Hopper kernels of grouped_matmul and layer_matmul in GPU interpret mode, against the oracle."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
-from pallas_kernels import dispatch, grouped_matmul_gpu, matvec_gpu
+from pallas_kernels import dispatch, grouped_matmul_gpu, layer_matmul_gpu, matvec_gpu
 
 E, LAYERS = 6, 2
 GROUPS = {  # rows of each expert
@@ -96,3 +96,33 @@ def test_on_trial_only_when_asked_for():
     # Forced where it cannot run: the reference, as for ops without a kernel.
     x, w, layer, sizes = inputs([1, 0, 2, 0, 1, 0], 64, 256)
     check(pallas_kernels.grouped_matmul(x, w, layer, sizes, implementation="gpu"), x, w, layer, sizes)
+
+
+@pytest.mark.parametrize(("N", "F", "D"), [(1, 48, 768), (3, 24, 256)])
+def test_layer_matmul(monkeypatch, N, F, D):
+    """Several rows a block, and one; D that leaves two and six elements a thread."""
+    monkeypatch.setattr(layer_matmul_gpu, "BLOCKS", 8)
+    assert layer_matmul_gpu.rows_of_block(F, D) > 1 and layer_matmul_gpu.rows_of_block(5, D) == 1
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((N, D), (3, F, D)))
+    run = functools.partial(layer_matmul_gpu.product, interpret=plgpu.InterpretGPUParams())
+    want = np.asarray(x, np.float64) @ np.asarray(w[2], np.float64).T
+    tolerance = dict(atol=2**-8 * np.abs(want).max(), rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(run(x, w, jnp.int32(2)), np.float64), want, **tolerance)
+    for implementation in ("auto", "gpu", "reference"):
+        got = pallas_kernels.layer_matmul(x[None], w, 2, implementation=implementation)
+        np.testing.assert_allclose(np.asarray(got[0], np.float64), want, **tolerance)
+    monkeypatch.setattr(layer_matmul_gpu, "product", run)
+    loss = lambda f: lambda x, w: (f(x, w, jnp.int32(2)).astype(jnp.float32) ** 2).sum()
+    got = jax.grad(loss(layer_matmul_gpu.layer_matmul), (0, 1))(x, w)
+    for a, b in zip(got, jax.grad(loss(pallas_kernels.layer_matmul), (0, 1))(x, w), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
+
+
+def test_why_layer_matmul_cannot():
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    why = lambda N, L, F, D: layer_matmul_gpu.supported(spec(1, N, D), spec(L, F, D), 0)
+    assert why(1, 47, 2048, 5120) is None
+    assert "5 rows" in why(5, 47, 2048, 5120)
+    assert "multiple of 256" in why(1, 47, 2048, 640)
