@@ -51,7 +51,7 @@ def load(directory, tensor=0):
     shardings = None
     if tensor:
         mesh = sharding.make_mesh(sharding.parse_mesh(f"tensor={{tensor}}"))
-        shardings = sharding.param_shardings(mesh, model.abstract_params(c, len(layers))[1])
+        shardings = sharding.shardings(mesh, sharding.param_specs(model.abstract_params(c, len(layers))[1]))
     jax.block_until_ready(checkpoint.load_params(directory, c, layers, shardings=shardings))
 def convert(*args):
     from convert.__main__ import main

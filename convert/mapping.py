@@ -20,12 +20,12 @@ if TYPE_CHECKING:  # the table itself needs nothing of the model
 class Rule:
     """A leaf and the Hugging Face tensors of one layer of it.
 
-    ``rows``: "all", or the "key" or "value" half of every head's rows. Templates with ``{expert}`` are one tensor an
-    expert, stacked along the view's rows in the order given; ``fused`` is the alternative name that holds all experts.
+    ``rows``: "all", or the "key" or "value" half of every head's rows. A template with ``{expert}`` is one tensor an
+    expert; ``fused`` is the alternative name that holds all experts, where ``rows`` may be the "gate" or "up" half.
     """
 
     leaf: str
-    templates: tuple[str, ...]
+    template: str
     rows: str = "all"
     fused: str | None = None
 
@@ -58,15 +58,15 @@ class Rule:
         return tuple(i for i in range(c.num_hidden_layers) if kind in (None, c.mlp_layer_types[i]))
 
 
-def _layer(leaf: str, *names: str, fused: str | None = None, **kwargs) -> Rule:
+def _layer(leaf: str, name: str, fused: str | None = None, **kwargs) -> Rule:
     prefix = "model.layers.{layer}."
-    return Rule(leaf, tuple(prefix + n for n in names), fused=fused and prefix + fused, **kwargs)
+    return Rule(leaf, prefix + name, fused=fused and prefix + fused, **kwargs)
 
 
 TABLE: tuple[Rule, ...] = (
-    Rule("embed_tokens", ("model.embed_tokens.weight",)),
-    Rule("norm", ("model.norm.weight",)),
-    Rule("lm_head", ("lm_head.weight",)),
+    Rule("embed_tokens", "model.embed_tokens.weight"),
+    Rule("norm", "model.norm.weight"),
+    Rule("lm_head", "lm_head.weight"),
     _layer("layers.input_layernorm", "input_layernorm.weight"),
     _layer("layers.post_attention_layernorm", "post_attention_layernorm.weight"),
     _layer("layers.q_a_proj", "self_attn.q_a_proj.weight"),
@@ -90,13 +90,11 @@ TABLE: tuple[Rule, ...] = (
     _layer("experts.shared.gate_proj", "mlp.shared_experts.gate_proj.weight"),
     _layer("experts.shared.up_proj", "mlp.shared_experts.up_proj.weight"),
     _layer("experts.shared.down_proj", "mlp.shared_experts.down_proj.weight"),
-    _layer(
-        "experts.gate_up_proj",
-        "mlp.experts.{expert}.gate_proj.weight",
-        "mlp.experts.{expert}.up_proj.weight",
-        fused="mlp.experts.gate_up_proj",
+    *(
+        _layer(f"experts.{n}_proj", f"mlp.experts.{{expert}}.{n}_proj.weight", "mlp.experts.gate_up_proj", rows=n)
+        for n in ("gate", "up")
     ),
-    _layer("experts.down_proj", "mlp.experts.{expert}.down_proj.weight", fused="mlp.experts.down_proj"),
+    _layer("experts.down_proj", "mlp.experts.{expert}.down_proj.weight", "mlp.experts.down_proj"),
 )
 RULES = {rule.leaf: rule for rule in TABLE}
 
@@ -124,23 +122,22 @@ def parts(rule: Rule, layer: int | None, view: tuple[int, ...], c: Config, fused
     """The blocks of Hugging Face tensors that make up one entry's view of shape ``view``."""
     view = tuple(view)
     origin = (0,) * len(view)
-    if rule.rows != "all":
+    if rule.rows in ("key", "value"):
         H, rows, C = view
         N, V = c.qk_nope_head_dim, c.v_head_dim
         first = 0 if rule.rows == "key" else N
-        name = rule.templates[0].format(layer=layer)
+        name = rule.template.format(layer=layer)
         shape = (H * (N + V), C)
         return [Part(name, shape, (h * (N + V) + first, 0), (rows, C), (h, 0, 0)) for h in range(H)]
-    if rule.fused and not fused:
-        E, rows, columns = view
-        shape = (rows // len(rule.templates), columns)
-        return [
-            Part(template.format(layer=layer, expert=e), shape, (0, 0), shape, (e, j * shape[0], 0))
-            for e in range(E)
-            for j, template in enumerate(rule.templates)
-        ]
-    name = (rule.fused if rule.fused else rule.templates[0]).format(layer=layer)
-    return [Part(name, view, origin, view, origin)]
+    if not rule.fused:
+        return [Part(rule.template.format(layer=layer), view, origin, view, origin)]
+    E, rows, columns = view
+    if not fused:
+        names = [rule.template.format(layer=layer, expert=e) for e in range(E)]
+        return [Part(name, view[1:], (0, 0), view[1:], (e, 0, 0)) for e, name in enumerate(names)]
+    halves = 1 if rule.rows == "all" else 2
+    first = rows if rule.rows == "up" else 0
+    return [Part(rule.fused.format(layer=layer), (E, halves * rows, columns), (0, first, 0), view, origin)]
 
 
 def scale_name(name: str) -> str:
@@ -171,8 +168,7 @@ def known_names(c: Config) -> set[str]:
     names = set()
     for rule in TABLE:
         for layer in rule.layers(c, range(c.num_hidden_layers)):
-            for template in rule.templates:
-                names.update(template.format(layer=layer, expert=e) for e in (experts if rule.fused else (0,)))
+            names.update(rule.template.format(layer=layer, expert=e) for e in (experts if rule.fused else (0,)))
             if rule.fused:
                 names.add(rule.fused.format(layer=layer))
     return names

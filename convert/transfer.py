@@ -108,6 +108,13 @@ def _fingerprint(reader, *options) -> str:
     return hashlib.sha256(json.dumps([store.FORMAT, options, stats, tensors]).encode()).hexdigest()
 
 
+def _work(destination: Path, fingerprint: str, resume: bool) -> store.Work:
+    try:
+        return store.Work(destination, fingerprint, resume)
+    except OSError as e:
+        raise UserError(f"{destination} cannot be written: {e.strerror or e}") from e
+
+
 def _room(work: store.Work, needed: int) -> None:
     free = shutil.disk_usage(work.directory).free
     if needed * 1.01 > free:
@@ -168,9 +175,12 @@ def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=
     notes += checkpoint.notes(reader, config, mtp=False)
 
     def write():
-        work = store.Work(destination, _fingerprint(reader, "hf-to-jax", dtype), resume)
+        work = _work(destination, _fingerprint(reader, "hf-to-jax", dtype, store.GROUP), resume)
         if work.complete:
             return work.rename()
+        for path in (work.directory / "weights").glob("*"):
+            if path.name not in work.done:
+                shutil.rmtree(path)  # what Orbax had not finished when it was killed
         done, total = 0, sum(size for *_, size in units)
         _room(work, total - sum(size for unit, _, size in units if unit in work.done))
         records = {}
@@ -188,9 +198,6 @@ def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=
                 record["pieces"].append({"group": unit, "key": b.key, "row": row, "rows": rows, "crc": crc[b.key]})
             done += size
             report(done, total, "")
-        for path in (work.directory / "weights").iterdir():
-            if path.name not in {unit for unit, *_ in units}:
-                shutil.rmtree(path)  # what Orbax had not finished when it was killed
         manifest = {"format": store.FORMAT, "fused": reader.fused, "entries": records}
         config_json = _config_json(source, dtype, any(e.quantized for e in every))
         _guarded(work, work.finish, source, config_json, {store.MANIFEST: json.dumps(manifest)})
@@ -312,7 +319,7 @@ def jax_to_hf(source: Path, destination: Path, max_shard_size: int = 5 * 10**9, 
     units = [(name, run, size) for name, (run, size) in zip(names, runs, strict=True)]
 
     def write():
-        work = store.Work(destination, _fingerprint(reader, "jax-to-hf", max_shard_size), resume)
+        work = _work(destination, _fingerprint(reader, "jax-to-hf", max_shard_size), resume)
         if work.complete:
             return work.rename()
         done, total = 0, sum(size for *_, size in units)

@@ -83,7 +83,7 @@ def project(c: Config, p, h_BSD, tables):
     N, C = c.qk_nope_head_dim, c.kv_lora_rank
     with jax.named_scope("q_proj"):
         qa_BSQ = rms_norm(linear(h_BSD, p["q_a_proj"]), p["q_a_layernorm"], 1e-6)
-        q = linear(qa_BSQ, p["q_b_proj"]).reshape(B, S, c.num_attention_heads, -1)
+        q = linear(qa_BSQ, p["q_b_proj"]).reshape(B, S, -1, N + c.qk_rope_head_dim)
         q_latent = jnp.einsum("bshn,hnc->bshc", q[..., :N], p["k_b_proj"])
         q_BSHU = jnp.concatenate([q_latent, rope(q[..., N:], tables, c.rope_interleave)], -1)
     with jax.named_scope("kv_proj"):

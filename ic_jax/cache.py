@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import latent_row_shape, pack_rows
+
 from .config import Config
+from .parallel import ALONE, Parallel
 
 PAGE_SIZE = 256
 
@@ -26,8 +30,9 @@ PAGE_SIZE = 256
 class Cache:
     """Device state of a batch of sequences; updated functionally, donated to every step.
 
-    latent_LMU: latent and rope key of every layer. index_keys_GMJ: one slot for each full layer; bf16/float32, or
-    float8_e4m3fn with index_scales_GM. page_table_BP: int32 physical page of each logical page.
+    latent_LMU: latent and rope key of every layer; a row's shape is the kernel package's affair. index_keys_GMJ: one
+    slot for each full layer; bf16/float32, or float8_e4m3fn with index_scales_GM. page_table_BP: int32 physical page of
+    each logical page.
     """
 
     latent_LMU: jax.Array
@@ -38,11 +43,17 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Tokens a sequence can hold."""
+        """Tokens of a sequence that fit, on one device."""
         return self.page_table_BP.shape[1] * self.page_size
 
     def replace(self, **changes) -> Cache:
         return dataclasses.replace(self, **changes)
+
+    def write_latents(self, layer, rows_BS, latent_BSU) -> Cache:
+        """With ``latent_BSU`` in the rows ``rows_BS`` of ``layer``; what is out of range is dropped."""
+        pool = self.latent_LMU
+        packed = pack_rows(latent_BSU.astype(pool.dtype), pool.shape[2:])
+        return self.replace(latent_LMU=pool.at[layer, rows_BS].set(packed, mode="drop"))
 
 
 def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
@@ -50,27 +61,34 @@ def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
 
 
 def allocate(
-    config: Config, slots: int, batch: int, context: int, *, dtype=jnp.bfloat16, index_dtype=None, page_size=PAGE_SIZE
-) -> Cache:
+    config: Config, slots: int, batch: int, context: int, *, dtype=jnp.bfloat16, index_dtype=None, page_size=PAGE_SIZE,
+    implementation="auto", parallel: Parallel = ALONE,
+) -> Cache:  # fmt: skip
     """A zeroed contiguous Cache for ``batch`` sequences of ``context`` tokens and ``slots`` full layers.
 
     ``index_dtype`` is the dtype of the index keys (``dtype`` by default); float8_e4m3fn adds a scale a token.
+    ``implementation`` will read it: its kernels decide the layout of latent rows. Divided over a mesh, every device holds
+    its pages of its sequences, and page numbers count its own rows.
     """
-    pages = pages_for(context, page_size)
-    rows = batch * pages * page_size
+    pages = pages_for(context, page_size * parallel.parts)
+    batch = -(-batch // parallel.data) * parallel.data
+    own = batch // parallel.data * pages  # pages of one device
+    rows = own * page_size * parallel.data * parallel.parts
     index_dtype = jnp.dtype(index_dtype or dtype)
+    row_shape = latent_row_shape(config.latent_dim, dtype, implementation)
     return Cache(
-        latent_LMU=jnp.zeros((config.num_hidden_layers, rows, config.latent_dim), dtype),
+        latent_LMU=jnp.zeros((config.num_hidden_layers, rows, *row_shape), dtype),
         index_keys_GMJ=jnp.zeros((slots, rows, config.index_head_dim), index_dtype),
         index_scales_GM=jnp.ones((slots, rows), jnp.float32) if index_dtype.itemsize == 1 else None,
-        page_table_BP=jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages),
+        page_table_BP=(jnp.arange(batch * pages, dtype=jnp.int32) % own).reshape(batch, pages),
         page_size=page_size,
     )
 
 
-def bytes_per_token(config: Config, slots: int, dtype=jnp.bfloat16, index_dtype=None) -> int:
+def bytes_per_token(config: Config, slots: int, dtype=jnp.bfloat16, index_dtype=None, implementation="auto") -> int:
     """Cache bytes one token takes over all layers."""
     index_dtype = jnp.dtype(index_dtype or dtype)
-    latent = config.num_hidden_layers * config.latent_dim * jnp.dtype(dtype).itemsize
+    columns = math.prod(latent_row_shape(config.latent_dim, dtype, implementation))
+    latent = config.num_hidden_layers * columns * jnp.dtype(dtype).itemsize
     scale = 4 if index_dtype.itemsize == 1 else 0
     return latent + slots * (config.index_head_dim * index_dtype.itemsize + scale)

@@ -95,7 +95,7 @@ def _begin(params, ids_BS, *, k: int):
 def _advance(params, state, slots, start, stop, *, static: _Static):
     c, (B, S, _) = static.config, state.x_BSD.shape
     one_layer, dtypes = c.replace(num_hidden_layers=1), dict(dtype=static.dtype, index_dtype=static.index_dtype)
-    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes)
+    cache = caches.allocate(one_layer, int(not static.dense), B, S, **dtypes, implementation=static.implementation)
     positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     plan = model.index_plan(params, cache, state.positions_BSK, static.implementation)
     (x_BSD, plan, _), _ = model.run_layers(
@@ -182,6 +182,8 @@ def windows(tokens: Sequence[int], seq_len: int, samples: int | None = None) -> 
 
     ``samples``: at most so many, evenly spread. Raises UserError when there is not even one.
     """
+    if samples is not None and samples < 1:
+        raise UserError(f"samples must be at least 1, not {samples}")
     tokens = np.asarray(tokens, np.int32).reshape(-1)
     n = (len(tokens) - 1) // seq_len
     if n < 1:

@@ -68,6 +68,8 @@ def converse(lm, args, params, console: cli.Console) -> None:
 
 def _body(args) -> None:
     params = cli.sampling(args)
+    if args.coordinator or args.num_processes:
+        raise UserError("a conversation has one process; several serve ic-jax generate")
     from .config import Config
     from .tokenizer import Tokenizer
 

@@ -198,9 +198,10 @@ class Entry:
         if name not in tensors:
             raise UserError(_why_missing(self.source, name))
         found, file = tensors[name].shape, tensors[name].file.name
+        dtype = self.source.dtype(name)  # packed formats have other shapes: their dtype is the reason to name
         if found != expected:
             raise UserError(f"tensor {name} in {file} has shape {list(found)}, config.json asks for {list(expected)}")
-        dtype, first = self.source.dtype(name), self.source.dtype(self.parts[0].name)
+        first = self.source.dtype(self.parts[0].name)
         if dtype != first:
             raise UserError(f"tensor {name} in {file} is {dtype}, but {self.parts[0].name} is {first}")
         if dtype.itemsize == 1:

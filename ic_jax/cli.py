@@ -49,6 +49,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     pattern.add_argument("--dense", action="store_true", help="attend to every token and run no indexer")
     group.add_argument("--index-offset", type=int, metavar="M", help="where --index-freq begins to count (2)")
     group.add_argument("--mesh", metavar="AXES", help="devices along named axes, for instance data=1,tensor=8")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of a run of several processes, or auto")
+    group.add_argument("--num-processes", type=positive, metavar="N", help="how many processes the run has")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
     group.add_argument(
         "--implementation", default="auto", choices=("auto", "reference", "gpu", "tpu"), help="kernels (auto)"
     )
@@ -126,12 +129,24 @@ def pattern(args: argparse.Namespace, n_layers: int):
     return Pattern.from_freq(n_layers, args.index_freq, 2 if args.index_offset is None else args.index_offset)
 
 
+def start(args: argparse.Namespace) -> None:
+    """Join the other processes of a run, if the flags name any; before JAX looks for devices."""
+    if _several_processes():
+        return
+    from . import sharding
+
+    sharding.start(args.coordinator, args.num_processes, args.process_id)
+    own = ("process_id", "model", "prompt", "file", "debug", "quiet")  # what may differ between processes
+    sharding.check_alike(sorted((k, v) for k, v in vars(args).items() if k not in own))
+
+
 def load(args: argparse.Namespace, console: Console):
     """The LM that the model flags ask for, with progress on a terminal. Raises UserError before any weight is read."""
     import ic_jax
 
     from .config import Config
 
+    start(args)
     chosen = pattern(args, Config.load(model_directory(args)).num_hidden_layers)
     with console.progress("loading", bytes_=True) as progress:
         return ic_jax.load(
@@ -148,6 +163,9 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     ``--debug`` prints the traceback as well. Other exceptions are defects and pass through.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: nothing to read, nowhere to write
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     # Text of a model may hold characters that the terminal's encoding lacks.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -157,21 +175,29 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        # What is still buffered goes nowhere, or the interpreter complains about it at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except (Exception, KeyboardInterrupt) as e:
         found = _explain(e)
         if found is None:
             raise
         message, status = found
-        with contextlib.suppress(BrokenPipeError):
+        try:
             sys.stdout.flush()
+        except OSError:
+            _drop_output()
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        if _several_processes():
+            os._exit(status)  # a regular exit would wait for the others, who may be waiting for this one
         return status
+
+
+def _drop_output() -> None:
+    """Send what stdout still buffers nowhere, or the interpreter complains about it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(e: BaseException) -> tuple[str, int] | None:
@@ -180,6 +206,11 @@ def _explain(e: BaseException) -> tuple[str, int] | None:
         return "interrupted", 130
     if isinstance(e, UserError | NotImplementedError):
         return str(e) or "this is not implemented", 2
+    if isinstance(e, OSError):
+        return (f"{e.filename}: {e.strerror}" if e.filename else str(e)), 2
+    if _several_processes() and type(e).__name__ == "JaxRuntimeError":
+        reason = (str(e).strip().splitlines() or ["no reason given"])[0][:200]
+        return f"an exchange with the other processes failed, most likely because one of them ended ({reason})", 2
     if "RESOURCE_EXHAUSTED" in str(e) or isinstance(e, MemoryError):
         return "out of memory; try a smaller --max-context or --prefill-chunk, or --mesh over more devices", 2
     return None
@@ -239,8 +270,12 @@ class Console:
 
 def is_first_process() -> bool:
     """Whether this is process 0 of a distributed run (or the only one); does not start JAX."""
+    return not _several_processes() or sys.modules["jax"].process_index() == 0
+
+
+def _several_processes() -> bool:
     jax = sys.modules.get("jax")
-    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:

@@ -124,10 +124,10 @@ class Config:
         """The Config of ``directory``/config.json. Raises UserError when it is absent, malformed or unsupported."""
         path = Path(directory) / "config.json"
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{directory} has no config.json; give a model directory") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise UserError(f"{path} cannot be read: {e}") from None
         if not isinstance(data, dict):
             raise UserError(f"{path} does not hold a JSON object")
@@ -142,12 +142,12 @@ class Config:
         _refuse_unimplemented(hf)
         get = {**_COMMON, **_DEFAULTS[kind], **{k: v for k, v in hf.items() if v is not None}}
 
-        def integer(name, least=1):
+        def integer(name, least=1, most=2**31 - 1):
             if name not in get:
                 raise UserError(f"config.json: {name} is missing")
             value = get[name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"config.json: {name} must be an integer >= {least}, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise UserError(f"config.json: {name} must be an integer in {least}..{most}, not {value!r}")
             return value
 
         def number(name):
@@ -162,7 +162,7 @@ class Config:
                 raise UserError(f"config.json: {name} must be true or false, not {value!r}")
             return value
 
-        n = integer("num_hidden_layers")
+        n = integer("num_hidden_layers", most=10_000)  # a list of that length is made before anything else
         has_indexer = kind != "glm4_moe_lite" or hf.get("index_topk") is not None
         fields = {name: integer(name) for name in _INTEGERS}
         if fields["qk_rope_head_dim"] % 2:
@@ -259,13 +259,15 @@ def _refuse_unimplemented(hf: dict) -> None:
         if value is not None and value not in values:
             known = f"; only {' or '.join(map(repr, values))} is" if values else ""
             raise UserError(f"config.json: {name}={value!r} is not implemented{known}")
-    if kinds := sorted(set(map(str, hf.get("layer_types") or ())) - {"indexed_attention", "full_attention"}):
+    kinds = hf.get("layer_types") or []
+    kinds = set(map(str, kinds if isinstance(kinds, list) else [kinds]))
+    if kinds := sorted(kinds - {"indexed_attention", "full_attention"}):
         raise UserError(f"config.json: layer_types {', '.join(kinds)} are not implemented")
     for name in ("compression_config", "quantization"):
         if hf.get(name) is not None:
             raise UserError(f"config.json's {name} is not supported; supported: fp8 with 128x128 blocks, or none")
     heads = hf.get("num_attention_heads")
-    if hf.get("num_key_value_heads") not in (None, heads):
+    if heads is not None and hf.get("num_key_value_heads") not in (None, heads):
         raise UserError("config.json: num_key_value_heads differs from num_attention_heads; MLA has one latent for all")
     quantization = hf.get("quantization_config")
     if quantization is not None:

@@ -197,7 +197,7 @@ def forward(
         if kind == "dense":
             y_BSD = moe.mlp(p_ffn, h_BSD)
         else:
-            stacks = {name: p_ffn[name][None] for name in ("gate_up_proj", "down_proj")}
+            stacks = {name: p_ffn[name][None] for name in moe.STACKS}
             y_BSD = moe.experts(c, p_ffn, stacks, 0, h_BSD, implementation="reference")
         loss = loss_BS.mean() * (1.0 if average else share)
         return (x_BSD + y_BSD, (source_h, source_qa, bits, target_BST)), loss

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
 
@@ -22,6 +23,7 @@ from . import cache as caches
 from . import checkpoint, model, pattern_file, sampling, sharding
 from .config import DEMO_DIRECTORY, Config
 from .errors import UserError
+from .parallel import Parallel, cache_specs
 from .pattern import Pattern
 from .sampling import SamplingParams
 from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
@@ -59,32 +61,39 @@ class Engine:
         self.max_context, self.prefill_chunk = max_context, prefill_chunk
         self.dtype, self.index_dtype, self.mesh = dtype, index_dtype, mesh
         self.n_slots = 0 if dense or not config.has_indexer else params["indexer"]["wk"].shape[0]
+        self.axes = model.abstract_params(config, self.n_slots, dtype)[1]
         self.options = dict(dense=dense, implementation=implementation)
         self.compile_seconds = 0.0
         self._programs: dict[tuple, Callable] = {}
 
     def new_cache(self, batch: int, tokens: int) -> caches.Cache:
-        """A Cache for ``batch`` sequences of up to ``tokens`` tokens. UserError when it cannot fit in memory."""
-        pages = _round_up(caches.pages_for(tokens))
+        """A Cache for ``batch`` sequences (more, where ``data`` divides them) of up to ``tokens`` tokens.
+
+        Raises UserError when it cannot fit in memory.
+        """
+        pages, parallel = _round_up(caches.pages_for(tokens)), Parallel.of(self.mesh, 1)
         make = lambda: caches.allocate(
-            self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype
-        )
-        per_token = caches.bytes_per_token(self.config, self.n_slots, self.dtype, self.index_dtype)
-        _check_memory(tokens, per_token * batch, _free_bytes())
-        shardings = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(make, out_shardings=shardings)()
+            self.config, self.n_slots, batch, pages * caches.PAGE_SIZE, dtype=self.dtype, index_dtype=self.index_dtype,
+            implementation=self.options["implementation"], parallel=parallel,
+        )  # fmt: skip
+        how = self.dtype, self.index_dtype, self.options["implementation"]
+        per_token = caches.bytes_per_token(self.config, self.n_slots, *how)
+        _check_memory(tokens, per_token * batch // (parallel.data * parallel.parts), _free_bytes())
+        if self.mesh is None:
+            return jax.jit(make)()
+        return jax.jit(make, out_shardings=sharding.shardings(self.mesh, cache_specs(jax.eval_shape(make))))()
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: caches.Cache, *, keep: Callable | None = None):
         """Run whole prompts, a chunk at a time: (logits float32 [B,W] after each prompt's last token, cache).
 
         ``keep``: called with every chunk's (start, logits [B,S,W]) instead of computing last logits only.
         """
-        lengths = np.array([len(p) for p in prompts])
+        lengths, rows = np.array([len(p) for p in prompts]), len(cache.page_table_BP)
         last = [None] * len(prompts)
         for start in range(0, lengths.max(), self.prefill_chunk):
             # The last chunk is cut to a power of two, so that short prompts cost what they are.
             size = min(self.prefill_chunk, 1 << max(int(lengths.max() - start - 1).bit_length(), 3))
-            ids, positions = np.zeros((len(prompts), size), np.int32), np.full((len(prompts), size), -1, np.int32)
+            ids, positions = np.zeros((rows, size), np.int32), np.full((rows, size), -1, np.int32)
             for b, prompt in enumerate(prompts):
                 part = prompt[start : start + size]
                 ids[b, : len(part)] = part
@@ -115,14 +124,16 @@ class Engine:
         return self._programs[key](*(() if kind == "sample" else (self.params,)), *args)
 
     def _compile(self, kind, all_logits, args):
-        def prefill(params, ids_BS, positions_BS, cache):
-            return model.forward(
-                params, self.config, self.slots, ids_BS, positions_BS, cache, all_logits=all_logits, **self.options
-            )
+        queries = args[0].shape[1] if kind == "prefill" else 1
+        prefill = model.over_mesh(
+            self.mesh, self.config, self.slots, self.axes, queries=queries, all_logits=all_logits, **self.options
+        )
 
         def decode(params, token_B, positions_B, cache, params_B):
-            out = prefill(params, token_B[:, None], positions_B[:, None], cache)
-            return sample(out.logits, positions_B, params_B), out.logits, out.cache
+            B, idle = len(token_B), len(cache.page_table_BP) - len(token_B)
+            ids_BS = jnp.pad(token_B, (0, idle))[:, None]
+            out = prefill(params, ids_BS, jnp.pad(positions_B, (0, idle), constant_values=-1)[:, None], cache)
+            return sample(out.logits[:B], positions_B, params_B), out.logits[:B], out.cache
 
         def sample(logits_BW, positions_B, params_B):
             seeds_B2, *filters = params_B
@@ -131,7 +142,17 @@ class Engine:
         if kind == "sample":
             return jax.jit(sample).lower(*args).compile()
         step = {"prefill": prefill, "decode": decode}[kind]
-        return jax.jit(step, donate_argnames="cache").lower(self.params, *args).compile()
+        return jax.jit(step, donate_argnums=3, **self._placed(kind, args)).lower(self.params, *args).compile()
+
+    def _placed(self, kind, args) -> dict:
+        """Shardings of a step's arguments and results: what the host gives and takes is on every device."""
+        if self.mesh is None:
+            return {}
+        place = functools.partial(sharding.shardings, self.mesh)
+        weights, cache, same = sharding.param_specs(self.axes), cache_specs(args[2]), PartitionSpec()
+        if kind == "prefill":
+            return place(dict(in_shardings=(weights, same, same, cache), out_shardings=model.Output(same, cache)))
+        return place(dict(in_shardings=(weights, same, same, cache, same), out_shardings=(same, same, cache)))
 
 
 class LM:
@@ -334,18 +355,20 @@ def load(
         info.implementations(config, implementation, dense=dense, dtype=dtype, index_dtype=index_dtype)
     device_mesh = shardings = None
     shapes, axes = model.abstract_params(config, len(layers), dtype)
-    if mesh is None and (free := _free_bytes()) is not None:
-        weights = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+    sizes = {} if mesh is None else sharding.parse_mesh(mesh)
+    if mesh is not None:
+        sharding.check_mesh(config, sizes)
+        device_mesh = sharding.make_mesh(sizes)
+        shardings = sharding.shardings(device_mesh, sharding.param_specs(axes))
+    elif jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes run: say with --mesh how they divide the model")
+    if (free := _free_bytes()) is not None:
+        weights = sharding.bytes_per_device(shapes, axes, sizes)
         if weights > free:
             raise UserError(f"the weights need {weights / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; --mesh divides them")
         if max_context is not None:
-            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype)
-            _check_memory(max_context, per_token, free - weights)
-    if mesh is not None:
-        sizes = sharding.parse_mesh(mesh)
-        sharding.check_mesh(config, sizes)
-        device_mesh = sharding.make_mesh(sizes)
-        shardings = sharding.param_shardings(device_mesh, axes)
+            per_token = caches.bytes_per_token(config, len(layers), dtype, index_dtype, implementation)
+            _check_memory(max_context, per_token // Parallel(**sizes).parts, free - weights)
     tokenizer = Tokenizer(directory)
     if path is not None:
         directory = checkpoint.find(os.fspath(path))  # everything cheap is checked: now a repository's weights
@@ -383,12 +406,13 @@ def _round_up(pages: int) -> int:
 
 
 def _free_bytes() -> int | None:
-    """Memory left on the first device (host memory for a CPU), None when unknown."""
+    """Memory left on the first device (for a CPU, its share of the host's), None when unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            available = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+        return available // jax.local_device_count()
     except (OSError, StopIteration):
         return None

@@ -114,6 +114,7 @@ def machine(lm, args) -> str:
 def _body(args) -> None:
     params = cli.sampling(args)
     text = read_prompt(args)
+    from . import sharding
     from .config import Config
     from .tokenizer import Tokenizer
 
@@ -122,6 +123,8 @@ def _body(args) -> None:
     cli.pattern(args, config.num_hidden_layers)
     ids = prompt_ids(args, Tokenizer(directory), text)
     check_prompt(ids, args, config)
+    cli.start(args)
+    sharding.check_alike(ids)
     check_implementation(args, config)
 
     console = cli.Console(args.quiet)

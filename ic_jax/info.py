@@ -10,20 +10,23 @@ import sys
 
 from . import cli
 
-# Chips the kernels are written for, and the JAX platform they belong to.
-CHIPS = {"h100": "gpu", "h200": "gpu", "v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "v7x": "tpu"}
+CHIPS = ("h100", "h200", "v5e", "v5p", "v6e", "v7x")  # the names of dispatch.CHIPS, which importing would cost jax
 CONTEXT = 32768  # tokens in the caches of the shapes asked about
 QUERIES = {"prefill": 2048, "decode": 1}
 FULL_SIZE = "glm-4.7-flash-dsa"
 
 
-def op_arguments(c, queries: int, *, context=CONTEXT, batch=1, dtype="bfloat16", index_dtype=None) -> dict:
+def op_arguments(
+    c, queries: int, *, context=CONTEXT, batch=1, dtype="bfloat16", index_dtype=None, implementation="auto", on=None
+) -> dict:
     """For every op, the (args, kwargs) with which the model of Config ``c`` calls it, as ShapeDtypeStructs.
 
-    Index queries take the dtype of the index keys when that is FP8, as in the model.
+    Index queries take the dtype of the index keys when that is FP8, as in the model. ``on``: a value of dispatch.CHIPS.
     """
     import jax
     import jax.numpy as jnp
+
+    from pallas_kernels import latent_row_shape
 
     from .cache import PAGE_SIZE, pages_for
 
@@ -37,16 +40,12 @@ def op_arguments(c, queries: int, *, context=CONTEXT, batch=1, dtype="bfloat16",
     fp8 = index_dtype is not None and jnp.dtype(index_dtype).itemsize == 1
     query_dtype = index_dtype if fp8 else dtype
     scalar, table, positions = spec((), "int32"), spec((B, pages), "int32"), spec((B, S), "int32")
-    q, pool = spec((B, S, c.num_attention_heads, U)), spec((c.num_hidden_layers, rows, U))
+    row_shape = latent_row_shape(U, jnp.dtype(dtype), implementation, on=on)
+    q, pool = spec((B, S, c.num_attention_heads, U)), spec((c.num_hidden_layers, rows, *row_shape))
     keys = spec((G, rows, c.index_head_dim), index_dtype or dtype)
     scales = spec((G, rows), "float32") if fp8 else None
     attention = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank)
-    gate_up = (
-        max(c.mlp_layer_types.count("sparse"), 1),
-        c.n_routed_experts,
-        c.hidden_size,
-        2 * c.moe_intermediate_size,
-    )
+    layers, F = max(c.mlp_layer_types.count("sparse"), 1), c.moe_intermediate_size
     return {
         "index_topk": (
             (spec((B, S, c.index_n_heads, c.index_head_dim), query_dtype), spec((B, S, c.index_n_heads), "float32"),
@@ -58,7 +57,7 @@ def op_arguments(c, queries: int, *, context=CONTEXT, batch=1, dtype="bfloat16",
         "dense_mla": ((q, pool, scalar, table, positions), attention | dict(page_size=PAGE_SIZE)),
         "grouped_matmul": (
             (spec((B * S * c.num_experts_per_tok, c.hidden_size)),
-             spec(gate_up), scalar, spec((c.n_routed_experts,), "int32")),
+             spec((layers, c.n_routed_experts, c.hidden_size, F)), scalar, spec((c.n_routed_experts,), "int32")),
             {},
         ),
     }  # fmt: skip
@@ -73,7 +72,7 @@ def implementations(c, implementation: str = "auto", *, dense=False, **shapes) -
 
     chosen: dict[str, str] = {}
     for queries in QUERIES.values():
-        arguments = op_arguments(c, queries, **shapes)
+        arguments = op_arguments(c, queries, implementation=implementation, **shapes)
         for op in ("dense_mla",) if dense or not c.has_indexer else ("index_topk", "sparse_mla"):
             forced = implementation if op != "dense_mla" or implementation == "reference" else "auto"
             args, kwargs = arguments[op]
@@ -82,30 +81,30 @@ def implementations(c, implementation: str = "auto", *, dense=False, **shapes) -
     return chosen
 
 
-def report(platform: str | None = None) -> list[dict]:
-    """One entry for every op, model and step: what runs on ``platform`` (None: this process's), why others do not."""
+def report(chip: str | None = None) -> list[dict]:
+    """One entry for every op, model and step: what runs on ``chip`` (None: this process's), and why others do not."""
     from pallas_kernels import dispatch
 
     from . import config
 
-    out = []
+    out, on = [], dispatch.CHIPS[chip] if chip else None
     for model in (FULL_SIZE, "demo"):
         if model == "demo" and not (config.DEMO_DIRECTORY / "config.json").is_file():
             continue
         c = config.preset(model)
         for step, queries in QUERIES.items():
-            for op, (args, kwargs) in op_arguments(c, queries).items():
-                backends = [platform] if platform else dispatch.IMPLEMENTATIONS[2:]
-                reasons = {b: _reason(dispatch, op, b, args, kwargs, platform) for b in backends}
+            for op, (args, kwargs) in op_arguments(c, queries, on=on).items():
+                backends = [on.platform] if on else dispatch.IMPLEMENTATIONS[2:]
+                reasons = {b: _reason(dispatch, op, b, args, kwargs, on) for b in backends}
                 runs = next((b for b, reason in reasons.items() if reason is None), "reference")
                 against = {b: reason for b, reason in reasons.items() if reason is not None}
                 out.append(dict(op=op, model=model, step=step, runs=runs, against=against))
     return out
 
 
-def _reason(dispatch, op, backend, args, kwargs, platform) -> str | None:
+def _reason(dispatch, op, backend, args, kwargs, on) -> str | None:
     try:
-        return dispatch.reason_against(op, backend, *args, platform=platform, **kwargs)
+        return dispatch.reason_against(op, backend, *args, on=on, **kwargs)
     except ModuleNotFoundError as e:
         if not (e.name or "").startswith("pallas_kernels."):
             return f"needs the package {e.name}"
@@ -148,8 +147,7 @@ def _merged(entries: list[dict]) -> list[dict]:
 
 def _body(args) -> None:
     console = cli.Console(args.quiet)
-    platform = CHIPS[args.chip] if args.chip else None
-    entries = report(platform)
+    entries = report(args.chip)
     if args.json:
         console.json(dict(versions=versions(), devices=devices(), chip=args.chip, ops=entries))
         return

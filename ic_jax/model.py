@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import RowPlan, dense_mla, index_topk, physical_rows, plan_rows, sparse_mla
 
-from . import attention, moe
+from . import attention, moe, sharding
 from .attention import rms_norm
 from .cache import Cache
 from .config import Config
+from .parallel import ALONE, Parallel, cache_specs
 
 
 class Initializer:
@@ -86,11 +88,13 @@ class IndexPlan(NamedTuple):
     rows: RowPlan
 
 
-def index_plan(params, cache: Cache, positions_BSK, implementation: str = "auto") -> IndexPlan:
+def index_plan(params, cache: Cache, positions_BSK, implementation: str = "auto", parallel=ALONE) -> IndexPlan:
     """The IndexPlan of a selection."""
     heads = params["layers"]["k_b_proj"].shape[1]
-    pages = dict(page_size=cache.page_size, implementation=implementation)
-    rows = plan_rows(positions_BSK, cache.page_table_BP, heads, cache.latent_LMU, **pages)
+    pages_BP = parallel.page_table(cache.page_table_BP, cache.latent_LMU.shape[1], cache.page_size)
+    own_BSK = positions_BSK if parallel.split else parallel.own(positions_BSK, cache.page_size)
+    how = dict(page_size=cache.page_size, implementation=implementation)
+    rows = plan_rows(own_BSK, pages_BP, heads, cache.latent_LMU, **how)
     return IndexPlan(positions_BSK, (positions_BSK >= 0).sum(-1, dtype=jnp.int32), rows)
 
 
@@ -114,6 +118,7 @@ def forward(
     dense: bool = False,
     implementation: str = "auto",
     keep_selections: bool = False,
+    parallel: Parallel = ALONE,
 ) -> Output:
     """Run the tokens of this call through every layer, reading and extending the caches.
 
@@ -124,18 +129,43 @@ def forward(
       all_logits: logits of every token, else of each sequence's last one.
       dense: attend to every token and run no indexer.
       keep_selections: also return each layer's plan positions, int32 [L,B,S,K].
+      parallel: how the arrays are divided, inside ``jax.shard_map`` (see ``over_mesh``).
     """
     B, S = ids_BS.shape
     with jax.named_scope("embed"):
-        x_BSD = params["embed_tokens"][ids_BS]
-    K = 0 if dense or not c.has_indexer else min(c.index_topk, cache.capacity)
-    nothing = jax.ShapeDtypeStruct((B, S, K), jnp.int32)
-    shapes = jax.eval_shape(functools.partial(index_plan, implementation=implementation), params, cache, nothing)
+        x_BSD = parallel.embed(params["embed_tokens"], ids_BS)
+    K = 0 if dense or not c.has_indexer else min(c.index_topk, cache.capacity * parallel.parts)
+    nothing, how = jax.ShapeDtypeStruct((B, S, K), jnp.int32), dict(implementation=implementation, parallel=parallel)
+    shapes = jax.eval_shape(functools.partial(index_plan, **how), params, cache, nothing)
     plan = jax.tree.map(lambda s: jnp.full(s.shape, -1, s.dtype), shapes)  # no layer reads it before the first F
-    options = dict(dense=dense, implementation=implementation, keep_selections=keep_selections)
+    options = dict(dense=dense, keep_selections=keep_selections, **how)
     (x_BSD, _, cache), selections = run_layers(params, c, slots, (x_BSD, plan, cache), positions_BS, **options)
-    x = x_BSD if all_logits else x_BSD[jnp.arange(B), jnp.argmax(positions_BS, -1)]
+    x = x_BSD if all_logits else parallel.last_token(x_BSD, positions_BS)
     return Output(head(params, c, x), cache, selections)
+
+
+def over_mesh(mesh: Mesh | None, c: Config, slots, axes: dict, *, queries: int, **options):
+    """``forward`` as a function of global arrays (params, ids_BS, positions_BS, cache), divided over ``mesh``.
+
+    Args:
+      axes: logical axes of the parameters (``abstract_params``). queries: tokens a sequence in the calls to come.
+      options: those of ``forward``.
+    """
+    parallel = Parallel.of(mesh, queries)
+    run = lambda params, *args: forward(params, c, slots, *args, parallel=parallel, **options)
+    if mesh is None:
+        return run
+
+    def divided(params, ids_BS, positions_BS, cache):
+        tokens, caches = parallel.tokens_spec(), cache_specs(cache)
+        of_rows = PartitionSpec(*(tokens if options.get("all_logits") else ("data",)), "tensor")
+        kept = PartitionSpec(None, *tokens) if options.get("keep_selections") else None
+        in_specs, out_specs = (sharding.param_specs(axes), tokens, tokens, caches), Output(of_rows, caches, kept)
+        # Replication is by construction (sums and gathers); kernels do not tell the checker.
+        call = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return call(params, ids_BS, positions_BS, cache)
+
+    return divided
 
 
 def head(params: dict, c: Config, x):
@@ -147,7 +177,7 @@ def head(params: dict, c: Config, x):
 
 def run_layers(
     params: dict, c: Config, slots, carry, positions_BS, *, span=None, dense=False, implementation="auto",
-    keep_selections=False,
+    keep_selections=False, parallel=ALONE,
 ):  # fmt: skip
     """(carry, selections int32 [L,B,S,K] or None) after the layers; the carry is (x_BSD, IndexPlan, Cache).
 
@@ -159,8 +189,11 @@ def run_layers(
     cache = carry[2]
     tables = attention.rope_tables(c, positions_BS)
     out_of_range = cache.latent_LMU.shape[1]
-    rows_BS = physical_rows(cache.page_table_BP, positions_BS, cache.page_size)
-    rows_BS = jnp.where(rows_BS < 0, out_of_range, rows_BS)  # padding: writes are dropped
+    pages_BP = parallel.page_table(cache.page_table_BP, out_of_range, cache.page_size)
+    seen_BS = parallel.seen(positions_BS, cache.page_size)
+    own_BS = parallel.own(parallel.all_tokens(positions_BS), cache.page_size)
+    rows_BS = physical_rows(cache.page_table_BP, own_BS, cache.page_size)
+    rows_BS = jnp.where(rows_BS < 0, out_of_range, rows_BS)  # padding, or another device's: writes are dropped
     scratch = cache.latent_LMU.shape[0] < c.num_hidden_layers
 
     def layer_step(kind, full, carry, xs):
@@ -171,27 +204,29 @@ def run_layers(
         h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
         qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
         with jax.named_scope("write_latent"):
-            pool = cache.latent_LMU.at[at, rows_BS].set(latent_BSU.astype(cache.latent_LMU.dtype), mode="drop")
-            cache = cache.replace(latent_LMU=pool)
+            cache = cache.write_latents(at, rows_BS, parallel.all_tokens(latent_BSU))
+            pool, at = parallel.pool(cache.latent_LMU, at)
         kernel = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank, implementation=implementation)
         if dense:
-            pages = (cache.page_table_BP, positions_BS)
-            o_BSHC, _ = dense_mla(q_BSHU, cache.latent_LMU, at, *pages, page_size=cache.page_size, **kernel)
+            o_BSHC, lse_BSH = dense_mla(q_BSHU, pool, at, pages_BP, seen_BS, page_size=cache.page_size, **kernel)
         else:
             if full is not False:
                 plan, cache = _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables,
-                                       positions_BS, rows_BS, implementation)  # fmt: skip
+                                       pages_BP, seen_BS, rows_BS, implementation, parallel)  # fmt: skip
             with jax.named_scope("sparse_mla"):
-                o_BSHC, _ = sparse_mla(q_BSHU, cache.latent_LMU, at, plan.rows, **kernel)
-        x_BSD = x_BSD + attention.output(p, o_BSHC)
+                o_BSHC, lse_BSH = sparse_mla(q_BSHU, pool, at, plan.rows, **kernel)
+        o_BSHC = parallel.merge_outputs(o_BSHC, lse_BSH)
+        x_BSD = x_BSD + parallel.sum(attention.output(p, o_BSHC), "tensor")
         h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
             if kind == "dense":
-                x_BSD = x_BSD + moe.mlp(jax.tree.map(lambda a: a[nth], params["dense"]), h_BSD)
+                y_BSD = moe.mlp(jax.tree.map(lambda a: a[nth], params["dense"]), h_BSD)
+                x_BSD = x_BSD + parallel.sum(y_BSD, "tensor")
             else:
-                stacks = {k: params["experts"][k] for k in ("gate_up_proj", "down_proj")}
+                stacks = {k: params["experts"][k] for k in moe.STACKS}
                 p = jax.tree.map(lambda a: a[nth], {k: v for k, v in params["experts"].items() if k not in stacks})
-                x_BSD = x_BSD + moe.experts(c, p, stacks, nth, h_BSD, implementation=implementation)
+                how = dict(implementation=implementation, parallel=parallel)
+                x_BSD = x_BSD + moe.experts(c, p, stacks, nth, h_BSD, **how)
         return (x_BSD, plan, cache), plan.positions_BSK if keep_selections else None
 
     selections = []
@@ -215,7 +250,9 @@ def run_layers(
     return carry, jnp.concatenate(selections) if keep_selections and span is None else None
 
 
-def _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, positions_BS, rows_BS, implementation):
+def _refresh(
+    c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, pages_BP, seen_BS, rows_BS, implementation, parallel
+):
     """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
     quantized = cache.index_scales_GM is not None
     at = slot if cache.index_keys_GMJ.shape[0] == params["indexer"]["wk"].shape[0] else 0
@@ -224,7 +261,8 @@ def _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, position
 
     def keys():
         k_BSJ = attention.index_keys(c, p, h_BSD, tables)
-        return attention.quantize_e4m3(k_BSJ) if quantized else (k_BSJ.astype(cache.index_keys_GMJ.dtype), None)
+        k = attention.quantize_e4m3(k_BSJ) if quantized else (k_BSJ.astype(cache.index_keys_GMJ.dtype), None)
+        return jax.tree.map(parallel.all_tokens, k)
 
     with jax.named_scope("index_keys"):
         zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(keys))
@@ -236,16 +274,23 @@ def _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, position
             cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[at, rows_BS].set(scale_BS, mode="drop"))
 
     def select():
-        q_BSIJ, w_BSI = attention.index_queries(c, p, h_BSD, qa_BSQ, tables)
+        # The indexer's heads are not divided: in prefill each tensor rank selects for its share of the queries.
+        S, merging = h_BSD.shape[1], parallel.parts > 1 and not parallel.split
+        mine = parallel.share((h_BSD, qa_BSQ, tables, seen_BS))
+        q_BSIJ, w_BSI = attention.index_queries(c, p, *mine[:3])
         if quantized:
             q_BSIJ, q_scale_BSI = attention.quantize_e4m3(q_BSIJ)
             w_BSI = w_BSI * q_scale_BSI
-        pool = (cache.index_keys_GMJ, cache.index_scales_GM)
-        positions_BSK, _ = index_topk(
-            q_BSIJ, w_BSI, pool, at, cache.page_table_BP, positions_BS, positions_BS.max(-1) + 1,
+        pool, layer = parallel.pool((cache.index_keys_GMJ, cache.index_scales_GM), at)
+        found = index_topk(
+            q_BSIJ, w_BSI, pool, layer, pages_BP, mine[3], mine[3].max(-1) + 1,
             k=plan.positions_BSK.shape[-1], page_size=cache.page_size, implementation=implementation,
+            return_scores=merging,
         )  # fmt: skip
-        return index_plan(params, cache, positions_BSK, implementation)
+        positions_BSK, _, *scores = parallel.unshare(found, S)
+        if merging:
+            positions_BSK = parallel.merge_selections(positions_BSK, *scores, cache.page_size)
+        return index_plan(params, cache, positions_BSK, implementation, parallel)
 
     with jax.named_scope("index_topk"):
         return if_full(select, lambda: plan), cache

@@ -13,6 +13,9 @@ from pallas_kernels import grouped_matmul
 
 from .attention import linear
 from .config import Config
+from .parallel import ALONE
+
+STACKS = ("gate_proj", "up_proj", "down_proj")  # the matrices of the routed experts
 
 
 class Mlp(nnx.Module):
@@ -26,13 +29,14 @@ class Mlp(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Router, routed and shared experts of ``n`` stacked layers; routed matrices are [in, out], gate columns first."""
+    """Router, routed and shared experts of ``n`` stacked layers; routed matrices are [in, out]."""
 
     def __init__(self, c: Config, n: int, init):
         D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
         self.gate = init.normal((n, E, D), (None, None, "embed"))
         self.e_score_correction_bias = init.zeros((n, E), (None, None), jnp.float32)
-        self.gate_up_proj = init.normal((n, E, D, 2 * F), (None, "expert", "embed", "mlp"))
+        self.gate_proj = init.normal((n, E, D, F), (None, "expert", "embed", "mlp"))
+        self.up_proj = init.normal((n, E, D, F), (None, "expert", "embed", "mlp"))
         self.down_proj = init.normal((n, E, F, D), (None, "expert", "mlp", "embed"))
         self.shared = Mlp(c, n, F * c.n_shared_experts, init)
 
@@ -61,22 +65,27 @@ def route(c: Config, p, x_ND):
     return experts_NX, weights_NX * c.routed_scaling_factor
 
 
-def experts(c: Config, p, stacks, layer, x_BSD, *, implementation="auto"):
+def experts(c: Config, p, stacks, layer, x_BSD, *, implementation="auto", parallel=ALONE):
     """Routed plus shared experts on x [B,S,D]. ``p``: one layer's small weights; ``stacks``: the stacked expert
-    matrices, read at ``layer`` inside the product."""
-    B, S, D = x_BSD.shape
-    X, F = c.num_experts_per_tok, c.moe_intermediate_size
-    x_ND = x_BSD.reshape(B * S, D)
+    matrices (STACKS), read at ``layer`` inside the product; of a divided model this device's experts and columns."""
+    X, held = c.num_experts_per_tok, stacks["down_proj"].shape[1]
+    all_BSD = parallel.all_tokens(x_BSD, ("expert",))
+    x_ND = all_BSD.reshape(-1, x_BSD.shape[-1])
     with jax.named_scope("router"):
         experts_NX, weights_NX = route(c, p, x_ND)
-        order = jnp.argsort(experts_NX.reshape(-1), stable=True)
-        group_sizes_E = jnp.bincount(experts_NX.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
+        # Experts of other devices come last and belong to no group.
+        local_NX = experts_NX - parallel.first_expert(held)
+        local_NX = jnp.where((local_NX >= 0) & (local_NX < held), local_NX, held)
+        order = jnp.argsort(local_NX.reshape(-1), stable=True)
+        group_sizes_E = jnp.bincount(local_NX.reshape(-1), length=held).astype(jnp.int32)
     with jax.named_scope("routed_experts"):
         product = lambda x, name: grouped_matmul(x, stacks[name], layer, group_sizes_E, implementation=implementation)
-        h = product(x_ND[order // X], "gate_up_proj")
-        y = product(jax.nn.silu(h[:, :F]) * h[:, F:], "down_proj")
+        sorted_MD = x_ND[order // X]
+        y_MD = product(jax.nn.silu(product(sorted_MD, "gate_proj")) * product(sorted_MD, "up_proj"), "down_proj")
         # Undo the sort and add a token's experts in the router's order: no scatter, so the sum is deterministic.
-        y_NXD = y[jnp.argsort(order)].reshape(B * S, X, D).astype(jnp.float32)
-        routed = (y_NXD * weights_NX[..., None]).sum(1).astype(x_BSD.dtype)
+        y_NXD = y_MD[jnp.argsort(order)].reshape(*experts_NX.shape, -1).astype(jnp.float32)
+        y_NXD = jnp.where((local_NX < held)[..., None], y_NXD * weights_NX[..., None], 0)
+        routed_BSD = y_NXD.sum(1).astype(x_BSD.dtype).reshape(all_BSD.shape)
     with jax.named_scope("shared_experts"):
-        return routed.reshape(B, S, D) + mlp(p["shared"], x_BSD)
+        shared_BSD = mlp(p["shared"], x_BSD)
+    return parallel.return_tokens(routed_BSD) + parallel.sum(shared_BSD, "tensor")

@@ -7,16 +7,20 @@ Every op is one public function here, exact semantics in ``reference.py``, and o
 from __future__ import annotations
 
 from . import dispatch
+from .layout import latent_row_shape, pack_rows, unpack_rows
+from .reference import scores_at
 from .row_plan import RowPlan, physical_rows
 
 __all__ = [
-    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "layer_matmul", "physical_rows", "plan_rows", "sparse_mla",
+    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "latent_row_shape", "layer_matmul", "pack_rows", "physical_rows",
+    "plan_rows", "sparse_mla", "unpack_rows",
 ]  # fmt: skip
 
 
 def index_topk(
-    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto"
-):
+    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, implementation="auto",
+    return_scores=False,
+):  # fmt: skip
     """Positions of the ``k`` best earlier tokens of each query, and how many there are: int32 [B,S,K], int32 [B,S].
 
     ``score[t] = sum_i w_i·relu(q_i·k_t)`` in float32 over t <= position; the best by (score descending, position
@@ -32,11 +36,16 @@ def index_topk(
       lengths_B: int32 cached tokens of each sequence, this call's included.
       k: how many to select. page_size: rows a page.
       implementation: "auto", "reference", "gpu" or "tpu".
+      return_scores: also return float32 [B,S,K] scores of the positions (undefined where -1), for a merge with others.
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V3.2 report, section 2.1.
     """
     args = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B)
-    return dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    positions_BSK, count_BS = dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    if not return_scores:
+        return positions_BSK, count_BS
+    scores_BSK = scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size)
+    return positions_BSK, count_BS, scores_BSK
 
 
 def plan_rows(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size, implementation="auto"):
@@ -61,7 +70,8 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows, *, scale, value_dim=512, im
 
     Args:
       q_BSHU: absorbed queries, ``value_dim`` latent columns then the rope columns.
-      latent_pool_LMU: stacked latent cache; keys are whole rows, values their first ``value_dim`` columns.
+      latent_pool_LMU: stacked latent cache, its rows laid out as ``latent_row_shape`` says (or plainly, for the reference);
+        keys are whole rows, values their first ``value_dim`` columns.
       layer: int32 scalar, the layer to read.
       rows: int32 pool rows [B,S,K], -1 = none, anywhere in the list, or a RowPlan. A query with no row gives zeros and
         lse -inf.
@@ -89,8 +99,9 @@ def dense_mla(
 def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto"):
     """Rows of ``x``, sorted by expert, times their expert's matrix of layer ``layer``: [N, F] in x's dtype.
 
-    ``group_sizes_E`` int32 sums to N: the first ``group_sizes[0]`` rows go to expert 0, and so on. "gpu" and "tpu" mean
-    that kernel where it can run, as a model's other ops may have one that this has not.
+    ``group_sizes_E`` int32: the first ``group_sizes[0]`` rows go to expert 0, and so on; rows beyond their sum, at most N,
+    belong to none and come out undefined. "gpu" and "tpu" mean that kernel where it can run, as a model's other ops may
+    have one that this has not.
     """
     return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
 

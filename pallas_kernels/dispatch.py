@@ -2,11 +2,17 @@
 
 A backend is a module with the op's function and ``supported(...) -> str | None``, the reason why it cannot run these
 arguments. ``auto`` takes the first backend that can; a forced one that cannot raises NotImplementedError.
+
+What a program will run on is ``target()``: this process's device, or the TPU of the abstract mesh under which it is
+compiled ahead of time, or, inside ``interpreted()``, Pallas's interpreter of TPU kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
+from typing import NamedTuple
 
 import jax
 
@@ -16,29 +22,80 @@ _OPS = {
     "plan_rows": {"gpu": "sparse_mla_grouped_gpu"},
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
-    "grouped_matmul": {"gpu": "grouped_matmul_gpu"},
+    "grouped_matmul": {"gpu": "grouped_matmul_gpu", "tpu": "grouped_matmul_tpu"},
     "layer_matmul": {"gpu": "layer_matmul_gpu"},
 }
 # Kernels that compile but have not run on a device yet: "auto" leaves them out, implementation="gpu" takes them.
 ON_TRIAL = {("grouped_matmul", "gpu"), ("layer_matmul", "gpu")}
 
 
-def reason_against(op: str, backend: str, *args, platform: str | None = None, forced=False, **kwargs) -> str | None:
+_TPUS = {
+    "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}  # fmt: skip
+_interpreting = contextvars.ContextVar("interpreting", default=False)
+
+
+class Target(NamedTuple):
+    """platform: "cpu", "gpu" or "tpu". chip: a TPU's generation ("v6e"), a GPU's compute capability ("9.0")."""
+
+    platform: str
+    chip: str
+
+
+# What the kernels are written for, by the names that ``ic-jax info --chip`` takes.
+CHIPS = {"h100": Target("gpu", "9.0"), "h200": Target("gpu", "9.0")}
+CHIPS |= {chip: Target("tpu", chip) for chip in ("v5e", "v5p", "v6e", "v7x")}
+
+
+def target() -> Target:
+    """What a program traced here will run on."""
+    if _interpreting.get():
+        return Target("tpu", "interpreter")
+    device = jax.devices()[0]
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.device_kind != device.device_kind:
+        device = abstract  # compiled ahead of time
+    kind = device.device_kind
+    platform = "gpu" if device.platform == "cuda" else device.platform
+    return Target(platform, _TPUS.get(kind, kind) if platform == "tpu" else getattr(device, "compute_capability", kind))
+
+
+def interpreting() -> bool:
+    """Whether TPU kernels traced here run in Pallas's interpreter."""
+    return _interpreting.get()
+
+
+@contextlib.contextmanager
+def interpreted(params=None):
+    """Inside, this process counts as a TPU, and TPU kernels run in Pallas's interpreter, on any platform.
+
+    ``params`` is a ``pltpu.InterpretParams``.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    token = _interpreting.set(True)
+    try:
+        with pltpu.force_tpu_interpret_mode(params or pltpu.InterpretParams()):
+            yield
+    finally:
+        _interpreting.reset(token)
+
+
+def reason_against(op: str, backend: str, *args, on: Target | None = None, forced=False, **kwargs) -> str | None:
     """Why ``backend`` ("gpu" or "tpu") cannot run ``op`` on these arguments (arrays or ShapeDtypeStructs); None if it can.
 
-    ``platform`` is the JAX platform to ask for; None asks for this process's own device, its chip included. ``forced``:
-    kernels on trial count too.
+    ``on`` is what to answer for, one of CHIPS; None asks for ``target()``. ``forced``: kernels on trial count too.
     """
     if backend not in _OPS[op]:
         return f"no {backend} kernel for {op} yet"
-    here = platform is None
-    platform = platform or jax.default_backend()
-    if platform not in (backend, {"gpu": "cuda"}.get(backend)):
+    platform, chip = on or target()
+    if platform != backend:
         return f"needs a {backend.upper()}, this process runs on {platform}"
-    if here and backend == "gpu":
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        if capability != "9.0":
-            return f"needs a Hopper GPU (compute capability 9.0), found {capability}"
+    if platform == "gpu" and chip != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), found {chip}"
+    if platform == "tpu" and chip not in ("interpreter", *CHIPS):
+        return f"needs a TPU v5e, v5p, v6e or v7x, found {chip}"
     reason = importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
     if reason is None and not forced and (op, backend) in ON_TRIAL:
         return f"the kernel has not run on a device yet: only implementation={backend} takes it"

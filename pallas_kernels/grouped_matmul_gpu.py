@@ -191,7 +191,8 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     if N > FEW or F % 256:
         return ragged(x_ND, w_LEDF, layer, group_sizes_E)
     expert_N = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(N), side="right", method="compare_all")
-    base_N = (jnp.asarray(layer, jnp.int32) * E + expert_N.astype(jnp.int32)) * D
+    expert_N = jnp.minimum(expert_N.astype(jnp.int32), E - 1)  # rows of no expert have to read some
+    base_N = (jnp.asarray(layer, jnp.int32) * E + expert_N) * D
     return matvec_gpu.matvec(x_ND, w_LEDF.reshape(L * E * D, F), base_N)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .layout import unpack_rows
 from .row_plan import RowPlan, physical_rows, ungroup
 
 WORKSPACE = 64 * 2**20  # bytes of scratch that a block may take
@@ -28,6 +29,24 @@ def index_scores(q_SIJ, w_SI, keys_TJ, scales_T=None):
     dots = _einsum("sij,tj->sit", q_SIJ, keys_TJ)
     scores_ST = _einsum("sit,si->st", jax.nn.relu(dots), w_SI.astype(jnp.float32))
     return scores_ST if scales_T is None else scores_ST * scales_T
+
+
+def scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size: int):
+    """float32 [B,S,K] scores of chosen positions, in ``canonical`` form; the lowest where the position is -1."""
+    keys_GMJ, scales_GM = index_pool
+    B, S, K = positions_BSK.shape
+    rows_BSK = physical_rows(page_table_BP, positions_BSK, page_size)
+
+    def one(args):
+        q_IJ, w_I, rows_K = args
+        at = jnp.maximum(rows_K, 0)
+        scales_K = None if scales_GM is None else scales_GM[slot, at]
+        scores_K = canonical(index_scores(q_IJ[None], w_I[None], keys_GMJ[slot, at], scales_K)[0])
+        return jnp.where(rows_K < 0, _LOWEST, scores_K)
+
+    each = jax.tree.map(lambda a: a.reshape(B * S, *a.shape[2:]), (q_BSIJ, w_BSI, rows_BSK))
+    block = max(1, WORKSPACE // (4 * K * (q_BSIJ.shape[2] + q_BSIJ.shape[3])))
+    return lax.map(one, each, batch_size=min(block, B * S)).reshape(B, S, K)
 
 
 def canonical(scores):
@@ -103,7 +122,7 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale: float, value_
 
     @jax.checkpoint
     def attend(q_HU, rows_K):
-        latent_KU = latent_pool_LMU[layer, jnp.maximum(rows_K, 0)]
+        latent_KU = unpack_rows(latent_pool_LMU[layer, jnp.maximum(rows_K, 0)], U)
         scores_HK = _einsum("hu,ku->hk", q_HU, latent_KU) * scale
         # Masks before exp and log keep the gradient of an empty query at zero, not NaN.
         m_H1 = lax.stop_gradient(jnp.where(rows_K >= 0, scores_HK, _LOWEST).max(-1, keepdims=True))
@@ -131,7 +150,7 @@ def dense_mla(q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS, *, sc
             m_SH, sum_SH, o_SHC = carry
             at_T = i * tile + jnp.arange(tile, dtype=jnp.int32)
             rows_T = physical_rows(pages_P[None], jnp.minimum(at_T, capacity - 1)[None], page_size)[0]
-            latent_TU = latent_pool_LMU[layer, rows_T]
+            latent_TU = unpack_rows(latent_pool_LMU[layer, rows_T], U)
             scores_SHT = _einsum("shu,tu->sht", q_SHU, latent_TU) * scale
             scores_SHT = jnp.where(at_T <= positions_S[:, None, None], scores_SHT, -jnp.inf)
             new_SH = jnp.maximum(m_SH, scores_SHT.max(-1))

@@ -10,8 +10,6 @@ words, in VMEM: a DMA fetches it alone, its address is one shift, and no program
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 
 import jax
@@ -20,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from . import reference
+from . import dispatch, reference
 
 LANES = 128
 CHUNK = 512  # rows a buffer holds
@@ -28,39 +26,11 @@ UNROLL = 16  # DMAs issued a loop step
 MAX_HEADS = 256
 LOWEST = -1e30  # finite, so that a chunk without any row gives exp(-inf) = 0 and not NaN
 _NT = (((1,), (1,)), ((), ()))
-_interpreting = contextvars.ContextVar("interpreting", default=False)
-
-
-@contextlib.contextmanager
-def interpret_mode(params=None):
-    """Inside, the TPU kernels of this package run in Pallas's interpreter, on any platform.
-
-    ``params`` is a ``pltpu.InterpretParams``. The interpreter has no bitcast view of a reference, so that it is given
-    the pool as 32-bit words; all else is what a chip runs.
-    """
-    token = _interpreting.set(True)
-    try:
-        with pltpu.force_tpu_interpret_mode(params or pltpu.InterpretParams()):
-            yield
-    finally:
-        _interpreting.reset(token)
 
 
 def row_shape(width: int) -> tuple[int, int, int]:
     """Shape of a cache row that holds ``width`` bf16 columns: (tiles, 2, 128)."""
     return -(-width // (2 * LANES)), 2, LANES
-
-
-def pack_rows(latent):
-    """[..., width] -> [..., tiles, 2, 128] with zeros behind the last column; what ``cache.py`` writes to the pool."""
-    tiles, two, lanes = row_shape(latent.shape[-1])
-    pad = ((0, 0),) * (latent.ndim - 1) + ((0, tiles * two * lanes - latent.shape[-1]),)
-    return jnp.pad(latent, pad).reshape(*latent.shape[:-1], tiles, two, lanes)
-
-
-def unpack_rows(rows, width: int):
-    """[..., tiles, 2, 128] -> [..., width]: the inverse of ``pack_rows``, for rows already gathered."""
-    return rows.reshape(*rows.shape[:-3], -1)[..., :width]
 
 
 def supported(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale, value_dim) -> str | None:
@@ -70,7 +40,7 @@ def supported(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale, value_dim) -> 
         return f"queries are {q_BSHU.dtype} and the pool {latent_pool_LMU.dtype}; bfloat16 is needed"
     if latent_pool_LMU.shape[2:] != row_shape(U):
         got, want = (list(s) for s in (latent_pool_LMU.shape[2:], row_shape(U)))
-        return f"pool rows are {got}; {want} is needed, which a DMA fetches without a copy of the pool (see pack_rows)"
+        return f"pool rows are {got}; {want} is needed (latent_row_shape), which a DMA fetches without a copy of the pool"
     lines = latent_pool_LMU.shape[0] * latent_pool_LMU.shape[1] * latent_pool_LMU.shape[2]
     if lines >= 2**31:
         return f"the pool has {lines} lines of 512 bytes; at most 2^31 - 1 are addressed"
@@ -121,7 +91,8 @@ def _kernel(chunks_ref, fetch_ref, rows_ref, q_ref, pool_ref, o_ref, lse_ref, bu
         latent = [_columns(buffer_ref[slot, pl.ds(t, chunk, stride=tiles), :]) for t in range(tiles)]
         latent = jnp.concatenate(latent, 1)[:, :width]
         scores = lax.dot_general(q_ref[...], latent, _NT, preferred_element_type=jnp.float32)
-        held = rows_ref[:, pl.ds(pl.multiple_of(c * chunk, chunk), chunk)] >= 0
+        here = pl.ds(pl.multiple_of(c * chunk, chunk), chunk) if rows_ref.shape[1] > chunk else slice(None)
+        held = rows_ref[:, here] >= 0
         scores = jnp.where(held, scores * scale, -jnp.inf)
         new = jnp.maximum(m, scores.max(1, keepdims=True))
         p = jnp.exp(scores - new)
@@ -141,7 +112,7 @@ def _kernel(chunks_ref, fetch_ref, rows_ref, q_ref, pool_ref, o_ref, lse_ref, bu
 def _forward(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
     (B, S, H, U), K = q_BSHU.shape, rows_BSK.shape[-1]
     N, M, tiles = B * S, pool.shape[1], pool.shape[2]
-    chunk = min(CHUNK, -(-K // LANES) * LANES)
+    chunk = CHUNK if K > CHUNK else -(-K // UNROLL) * UNROLL
     rows_NK = jnp.pad(rows_BSK.reshape(N, K).astype(jnp.int32), ((0, 0), (0, -K % chunk)), constant_values=-1)
     slots = rows_NK.shape[1]
     at_K = jnp.arange(slots, dtype=jnp.int32)
@@ -149,7 +120,7 @@ def _forward(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
     chunks_N = (jnp.where(rows_NK >= 0, at_K + 1, 0).max(1) + chunk - 1) // chunk
     lines_NK = (layer * M + jnp.where(rows_NK >= 0, rows_NK, at_K % M)) * tiles
     lines = pool.reshape(-1, *pool.shape[3:])
-    if _interpreting.get():
+    if dispatch.interpreting():  # the interpreter has no bitcast view of a reference: it is given words
         lines = lax.bitcast_convert_type(lines.swapaxes(1, 2), jnp.int32)[:, None]
     width = -(-U // LANES) * LANES
     q_NHU = jnp.pad(q_BSHU.reshape(N, H, U), ((0, 0), (0, 0), (0, width - U)))
@@ -175,13 +146,6 @@ def _forward(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
     return o.reshape(B, S, H, value_dim), lse.reshape(B, S, H)
 
 
-def _reference(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
-    """The same through ``reference.sparse_mla``: a packed row flattened is the reference row with zeros behind it."""
-    flat = pool.reshape(*pool.shape[:2], -1)
-    q = jnp.pad(q_BSHU, ((0, 0),) * 3 + ((0, flat.shape[-1] - q_BSHU.shape[-1]),))
-    return reference.sparse_mla(q, flat, layer, rows_BSK, scale=scale, value_dim=value_dim)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
     return _forward(q_BSHU, pool, layer, rows_BSK, scale, value_dim)
@@ -193,7 +157,8 @@ def _attend_fwd(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
 
 def _attend_bwd(scale, value_dim, saved, gradients):
     q_BSHU, pool, layer, rows_BSK = saved
-    again = jax.checkpoint(lambda q, pool: _reference(q, pool, layer, rows_BSK, scale, value_dim))
+    # The reference recomputes each block of queries under jax.checkpoint, so nothing of size [S, K] is kept.
+    again = lambda q, pool: reference.sparse_mla(q, pool, layer, rows_BSK, scale=scale, value_dim=value_dim)
     return *jax.vjp(again, q_BSHU, pool)[1](gradients), None, None
 
 

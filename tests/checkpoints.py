@@ -177,13 +177,14 @@ def expected(weights: dict[str, np.ndarray], config, layers) -> dict[str, np.nda
     out["experts.gate"] = stack(sparse, "mlp.gate.weight")
     out["experts.e_score_correction_bias"] = stack(sparse, "mlp.gate.e_score_correction_bias")
     if f"model.layers.{sparse[0]}.mlp.experts.down_proj" in weights:
-        gate_up, down = stack(sparse, "mlp.experts.gate_up_proj"), stack(sparse, "mlp.experts.down_proj")
+        gate, up = np.split(stack(sparse, "mlp.experts.gate_up_proj"), 2, axis=2)
+        down = stack(sparse, "mlp.experts.down_proj")
     else:
         experts = range(c.n_routed_experts)
         gate, up, down = (
             np.stack([stack(sparse, f"mlp.experts.{e}.{name}_proj.weight") for e in experts], axis=1)
             for name in ("gate", "up", "down")
         )
-        gate_up = np.concatenate([gate, up], axis=2)
-    out["experts.gate_up_proj"], out["experts.down_proj"] = gate_up.swapaxes(2, 3), down.swapaxes(2, 3)
+    for name, stacked in (("gate", gate), ("up", up), ("down", down)):
+        out[f"experts.{name}_proj"] = stacked.swapaxes(2, 3)
     return out

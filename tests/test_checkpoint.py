@@ -124,12 +124,28 @@ def test_notes_and_progress(tmp_path):
     assert done == sorted(done) and done[-1] == calls[-1][1]
 
 
-def test_small_pieces_give_the_same_parameters(tmp_path, monkeypatch):
+def test_the_host_holds_a_few_small_pieces_at_a_time(tmp_path, monkeypatch):
+    """The bound on host memory: AHEAD pieces, that being placed included, of at most PIECE bytes or one expert."""
     directory = write(tmp_path, tensors(FP8))
     whole = load(directory)
     monkeypatch.setattr(checkpoint, "PIECE", 20_000)
     monkeypatch.setattr(checkpoint, "SMALL", 0)
+    read, put, held, sizes = checkpoint._Job.read, checkpoint._Stack.put, [], []
+
+    def reading(job):
+        held.append(1)
+        sizes.append(job.nbytes)
+        return read(job)
+
+    def putting(stack, job, pieces):
+        assert len(held) <= checkpoint.AHEAD
+        put(stack, job, pieces)
+        held.pop()
+
+    monkeypatch.setattr(checkpoint._Job, "read", reading)
+    monkeypatch.setattr(checkpoint._Stack, "put", putting)
     jax.tree.map(np.testing.assert_array_equal, load(directory), whole)
+    assert len(sizes) > 100 and max(sizes) <= 272 * 160 and not held
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -186,7 +202,7 @@ def test_a_process_reads_only_the_bytes_of_its_shards(tmp_path):
         checkpoint.open_source = lambda d: sources.append(opened(d)) or sources[-1]
         c = Config.load(sys.argv[1])
         mesh = sharding.make_mesh({"tensor": 8})
-        places = sharding.param_shardings(mesh, abstract_params(c, 3)[1])
+        places = sharding.shardings(mesh, sharding.param_specs(abstract_params(c, 3)[1]))
         params = checkpoint.load_params(sys.argv[1], c, (0, 1, 3), "bfloat16", places)
         own = 0
         for leaf in jax.tree.leaves(params):
@@ -395,6 +411,10 @@ BAD = {
         f"tensor {Q_A} in model.safetensors has dtype I32, which is not supported",
     ),
     "e5m2": (change(Q_A, np.zeros((32, 160), ml_dtypes.float8_e5m2)), "has dtype F8_E5M2, which is not supported"),
+    "packed dtype": (
+        change(Q_A, np.zeros((32, 80), np.int32)),
+        f"tensor {Q_A} in model.safetensors has dtype I32, which is not supported",
+    ),
     "mixed experts": (change(EXPERT, np.zeros((136, 160), np.float16)), "is float16, but .* is bfloat16"),
     "fp8 without scales": (change(Q_A, np.zeros((32, 160), FP8)), f"{Q_A}_scale_inv are missing"),
     "fp8 norm": (change("model.norm.weight", np.zeros(160, FP8)), "block scales .* are missing"),

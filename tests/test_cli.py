@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import ic_jax
 from ic_jax import __main__, chat, cli, generate, info
-from ic_jax.config import Config
+from ic_jax.config import DEMO_DIRECTORY, Config
 from ic_jax.errors import UserError
+from pallas_kernels import dispatch
 
 CONFIG = dict(
     model_type="glm_moe_dsa", vocab_size=300, hidden_size=64, num_hidden_layers=8, num_attention_heads=4,
@@ -207,6 +208,26 @@ def test_a_reader_that_leaves_is_no_error():
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 141)
     process.stderr.close()
+
+
+WRITER = (
+    "import sys\nfrom ic_jax import cli\n"
+    "def body(args):\n    cli.Console().write(sys.stdin.read() + 'x')\n    cli.Console().status('done')\n"
+    "sys.exit(cli.run(body, cli.Parser('x', 'x'), []))"
+)
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        process = python(WRITER, stdin=subprocess.DEVNULL, stdout=full)
+        assert (process.communicate()[1], process.returncode) == (b"error: [Errno 28] No space left on device\n", 2)
+
+
+@pytest.mark.parametrize(("closed", "expected"), [("<&-", b"x"), ("</dev/null >&-", b""), ("</dev/null 2>&-", b"x")])
+def test_closed_streams_are_empty(closed, expected):
+    command = ["sh", "-c", f'"$0" -W error -c "$1" {closed}', sys.executable, WRITER]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, expected) and b"Traceback" not in done.stderr
 
 
 # Help and the list of commands
@@ -405,12 +426,28 @@ def test_info_as_a_table(capsys):
     assert "| op " in out and "needs a GPU, this process runs on cpu" in out
 
 
+def test_info_knows_the_chips_of_the_kernels():
+    assert info.CHIPS == tuple(dispatch.CHIPS)
+
+
 @pytest.mark.parametrize("chip", info.CHIPS)
 def test_info_for_another_chip(chip, capsys):
     assert info.main(["--chip", chip, "--json"]) == 0
+    backend = dispatch.CHIPS[chip].platform
     for entry in json.loads(capsys.readouterr().out)["ops"]:
-        assert entry["runs"] in ("reference", info.CHIPS[chip])
+        attention = entry["op"] in ("index_topk", "sparse_mla")
+        assert entry["runs"] == backend if attention else entry["runs"] in ("reference", backend)
         assert "this process runs on" not in str(entry["against"])
+        assert entry["runs"] == backend or entry["against"][backend]
+
+
+def test_a_chip_without_kernels_is_refused_by_name():
+    c = Config.load(DEMO_DIRECTORY)
+    args, kwargs = info.op_arguments(c, 1)["index_topk"]
+    reason = dispatch.reason_against("index_topk", "tpu", *args, on=dispatch.Target("tpu", "TPU v4"), **kwargs)
+    assert reason == "needs a TPU v5e, v5p, v6e or v7x, found TPU v4"
+    reason = dispatch.reason_against("index_topk", "gpu", *args, on=dispatch.Target("gpu", "8.0"), **kwargs)
+    assert reason == "needs a Hopper GPU (compute capability 9.0), found 8.0"
 
 
 def test_op_arguments_are_those_of_the_model(model):
@@ -426,7 +463,7 @@ def test_op_arguments_are_those_of_the_model(model):
         for op, (args, kwargs) in info.op_arguments(c, queries, context=512).items():
             call = functools.partial(getattr(pallas_kernels, op), implementation="reference", **kwargs)
             out = jax.tree.leaves(jax.eval_shape(call, *args))
-            assert out[0].shape[:2] == ((queries * 2, 64) if op == "grouped_matmul" else (1, queries))
+            assert out[0].shape[:2] == ((queries * 2, c.moe_intermediate_size) if op == "grouped_matmul" else (1, queries))
 
 
 def test_forced_implementation_says_why_not(model):

@@ -58,6 +58,8 @@ def test_windows_predict_every_token_once(lm):
     np.testing.assert_array_equal(calibration.text_windows(lm, rows, 16), rows)
     with pytest.raises(UserError, match="the text has 16 tokens, one sequence needs 17"):
         calibration.windows(tokens[:16], 16)
+    with pytest.raises(UserError, match="samples must be at least 1, not 0"):
+        calibration.windows(tokens, 16, 0)
     parts = list(calibration.batches(rows, 3))
     assert [n for _, n in parts] == [3, 1] and parts[1][0].shape == (3, 17)
     assert calibration.fingerprint(rows) != calibration.fingerprint(rows.reshape(2, 34))

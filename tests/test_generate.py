@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from convert import __main__ as convert
 from ic_jax import generate
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,24 @@ def test_readme_commands_run(no_pattern_file):
         done = run(*argv, module=module)
         assert done.returncode == 0, (line, done.stderr)
         assert done.stdout
+
+
+def test_readme_library_block_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert '"path-or-repo"' in code
+    names = {}
+    exec(code.replace('"path-or-repo"', "None"), names)
+    assert capsys.readouterr().out and names["logits_TW"].dtype == "float32" and names["logits_TW"].shape[1] == 4096
+
+
+def test_readme_commands_that_need_other_weights_are_written_right():
+    """They are parsed, not run."""
+    (block,) = re.findall(r"(?<!-->)\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    parsers = {"ic_jax.generate": generate._parser(), "convert": convert._parser()}
+    for line in block.strip().splitlines():
+        python, dash_m, module, *argv = shlex.split(line)
+        assert (python, dash_m) == ("python", "-m")
+        parsers[module].parse_args(argv)
 
 
 def test_readme_setup_blocks_name_the_tested_commands():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,19 @@ def test_dense_mla_parity_with_transformers():
     assert not config.has_indexer
     logits, _, _ = run(config, params, (-1,) * config.num_hidden_layers, golden["input_ids"])
     np.testing.assert_allclose(logits, golden["logits"], atol=TOLERANCE)
+
+
+def test_glm4_lite_with_an_indexer_is_the_same_model(tmp_path):
+    """The architecture has no public implementation with an indexer: GLM-5's weights and fields under its name."""
+    shutil.copytree(GOLDEN / "glm_all_full", tmp_path / "lite")
+    path = tmp_path / "lite" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "glm4_moe_lite"}))
+    config, params, held, _ = load(tmp_path / "lite")
+    golden = load("glm_all_full")[3]
+    assert config.has_indexer and config.model_type == "glm4_moe_lite" and held == (0, 1, 2, 3)
+    logits, selections, _ = run(config, params, config.pattern.slots(held), golden["input_ids"])
+    np.testing.assert_allclose(logits, golden["logits"], atol=TOLERANCE)
+    np.testing.assert_array_equal(sets(selections), sets(golden["selected"]))
 
 
 @pytest.mark.parametrize("case", ["glm_fused_experts", "glm_sharded"])

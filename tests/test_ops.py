@@ -1,7 +1,8 @@
 """One body for every implementation of every op, against the float64 oracle; cases of reference/kernels' known traps.
 
 The Hopper kernels gather inside inline_mgpu, which no interpreter runs: on a CPU they are compiled (test_aot.py) and
-skipped here; on a GPU this same file runs them.
+skipped here; on a GPU this same file runs them. The TPU kernels run in Pallas's interpreter with race detection, which
+raises at a race between DMAs and accesses; on a TPU they run there.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 import pallas_kernels
@@ -20,16 +22,35 @@ PAGE = 256
 J, U, C = 128, 576, 512  # the widths that every kernel takes
 _WHY = {
     "gpu": "Hopper kernels gather inside inline_mgpu, which cannot be interpreted: needs a GPU",
+    "tpu": "the interpreter of TPU kernels runs on a CPU",
 }
 
 
 def _params():
-    for name in ("reference", "gpu"):
-        skip = name != "reference" and jax.default_backend() != name
+    able = {"gpu": ("gpu",), "tpu": ("tpu", "cpu")}
+    for name in ("reference", "gpu", "tpu"):
+        skip = name != "reference" and jax.default_backend() not in able[name]
         yield pytest.param(name, marks=pytest.mark.skipif(skip, reason=_WHY.get(name, "")))
 
 
 implementations = pytest.mark.parametrize("implementation", list(_params()))
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(request):
+    """TPU cases on a CPU: in the interpreter, where a race raises."""
+    chosen = getattr(request.node, "callspec", None) and request.node.callspec.params.get("implementation")
+    if chosen == "tpu" and jax.default_backend() == "cpu":
+        with dispatch.interpreted(pltpu.InterpretParams(detect_races=True)):
+            yield
+    else:
+        yield
+
+
+def _laid_out(latent_LMU, implementation):
+    """The pool with its rows as ``implementation`` wants them."""
+    shape = pallas_kernels.latent_row_shape(latent_LMU.shape[-1], latent_LMU.dtype, implementation)
+    return pallas_kernels.pack_rows(latent_LMU, shape)
 
 
 def _pool(rng, lengths, keys_for, width, dtype, slots=3, slot=1, spare=3):
@@ -97,8 +118,6 @@ def test_nan_scores_rank_lowest_and_keep_their_order():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("heads", [4, 32])
 def test_scores_and_selection_on_random_keys(implementation, dtype, heads):
-    if implementation != "reference" and dtype == "float32":
-        pytest.skip("the kernel takes bf16 and e4m3")
     rng = np.random.default_rng(2)
     lengths, k, S = [900, 37, 520], 64, 5  # ragged, one shorter than k, S no multiple of a block
     pool, table = _pool(rng, lengths, lambda b, n: rng.standard_normal((n, J)), J, dtype)
@@ -107,10 +126,15 @@ def test_scores_and_selection_on_random_keys(implementation, dtype, heads):
     w = jnp.asarray(rng.standard_normal((3, S, heads)), jnp.float32)
     positions = np.stack([np.arange(n - S, n) for n in lengths]).astype(np.int32)
     positions[2, 3:] = -1
-    found, count = pallas_kernels.index_topk(
+    select = lambda: pallas_kernels.index_topk(
         q, w, (pool, scales), 1, table, positions, np.array(lengths, np.int32), k=k, page_size=PAGE,
         implementation=implementation,
     )  # fmt: skip
+    if implementation != "reference" and dtype == "float32":
+        with pytest.raises(NotImplementedError, match="queries are float32; bfloat16 or float8_e4m3fn is needed"):
+            select()
+        return
+    found, count = select()
     for b, n in enumerate(lengths):
         rows = table[b, np.arange(n) // PAGE] * PAGE + np.arange(n) % PAGE
         keys = np.asarray(pool[1, rows], np.float64) * (1 if scales is None else np.asarray(scales)[1, rows, None])
@@ -132,8 +156,6 @@ def test_scores_and_selection_on_random_keys(implementation, dtype, heads):
 @pytest.mark.parametrize("H", [1, 2, 5, 10, 20, 64, 128])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sparse_mla(implementation, H, dtype):
-    if implementation != "reference" and dtype == "float32":
-        pytest.skip("the kernel takes bf16")
     rng = np.random.default_rng(3)
     B, S, K, M = 2, 3, 128, 1024
     pool = jnp.asarray(rng.standard_normal((3, M, U)) * 0.5, dtype)
@@ -142,8 +164,13 @@ def test_sparse_mla(implementation, H, dtype):
     rows[0, 0, ::3] = -1  # holes anywhere
     rows[0, 1, 5:] = -1
     rows[1, 2] = -1  # an empty query
-    layer = jnp.int32(1)
-    o, lse = pallas_kernels.sparse_mla(q, pool, layer, rows, scale=0.05, value_dim=C, implementation=implementation)
+    laid_out = _laid_out(pool, implementation)
+    attend = functools.partial(pallas_kernels.sparse_mla, q, laid_out, jnp.int32(1), rows, scale=0.05, value_dim=C)
+    if implementation != "reference" and dtype == "float32":
+        with pytest.raises(NotImplementedError, match="sparse_mla: .*bfloat16"):
+            attend(implementation=implementation)
+        return
+    o, lse = attend(implementation=implementation)
     assert o.dtype == q.dtype and lse.dtype == jnp.float32
     assert (np.asarray(o[1, 2], np.float32) == 0).all() and (np.asarray(lse[1, 2]) == -np.inf).all()
     tolerance = {"float32": 2e-5, "bfloat16": 2e-2}[dtype]
@@ -164,7 +191,8 @@ def test_sparse_mla_merges_and_ignores_order(implementation):
     q = jnp.asarray(rng.standard_normal((1, 1, 20, U)) * 0.5, jnp.bfloat16)
     rows = rng.permutation(512)[:128].astype(np.int32)[None, None]
     run = functools.partial(
-        pallas_kernels.sparse_mla, q, pool, 0, scale=0.05, value_dim=C, implementation=implementation
+        pallas_kernels.sparse_mla, q, _laid_out(pool, implementation), 0, scale=0.05, value_dim=C,
+        implementation=implementation,
     )
     o, lse = run(rows)
     o2, _ = run(np.sort(rows, -1))
@@ -230,6 +258,7 @@ def test_sparse_mla_gradient(implementation):
     weight = jnp.asarray(rng.standard_normal((B, S, H, C)), jnp.float32)
 
     def loss(q, pool, implementation):
+        pool = _laid_out(pool, implementation)
         o, lse = pallas_kernels.sparse_mla(q, pool, jnp.int32(1), rows, scale=0.05, implementation=implementation)
         return (o.astype(jnp.float32) * weight).sum() + jnp.where(lse > -jnp.inf, lse, 0.0).sum()
 

@@ -132,6 +132,10 @@ def test_presets_and_config_round_trip():
         ({"rope_scaling": "yarn"}, "rope_scaling is no object"),
         ({"rope_theta": float("nan")}, "rope must be a number"),
         ({"layer_types": ["sliding_attention"] * 78}, "sliding_attention are not implemented"),
+        ({"layer_types": 7}, "layer_types 7 are not implemented"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers must be an integer in 1..10000"),
+        ({"hidden_size": 10**30}, "hidden_size must be an integer in 1..2147483647"),
+        ({"num_attention_heads": None}, "num_attention_heads is missing"),
         ({"swiglu_limit": 7.0}, "swiglu_limit=7.0 is not implemented"),
         ({"quantization_config": "fp8"}, "quantisation 'fp8' is not"),
         ({"quantization_config": {"quant_algo": "NVFP4"}}, "quantisation 'NVFP4'"),
@@ -152,3 +156,20 @@ def test_presets_and_config_round_trip():
 def test_what_is_not_implemented_is_refused_by_name(change, message):
     with pytest.raises(UserError, match=message):
         Config.from_hf(preset("glm-5.2").to_hf() | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        (b"{", "config.json cannot be read"),
+        (b'{"model_type": "\xff"}', "config.json cannot be read"),
+        (b"[" * 100_000, "config.json cannot be read"),
+        (b"[]", "does not hold a JSON object"),
+    ],
+)
+def test_config_files_that_are_none(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Config.load(tmp_path)

@@ -64,9 +64,8 @@ def experts(c: Config, p, x_BSD):
     chosen_NX, weights_NX = moe.route(c, p, x_ND)
     gate_NE = (jax.nn.one_hot(chosen_NX, c.n_routed_experts) * weights_NX[..., None]).sum(1)
     load_E = jax.nn.one_hot(chosen_NX, c.n_routed_experts).sum(1).mean(0)
-    h = jnp.einsum("nd,edf->nef", x_ND, p["gate_up_proj"])
-    F = c.moe_intermediate_size
-    h = jax.nn.silu(h[..., :F]) * h[..., F:] * gate_NE[..., None].astype(h.dtype)
+    gate, up = (jnp.einsum("nd,edf->nef", x_ND, p[name]) for name in ("gate_proj", "up_proj"))
+    h = jax.nn.silu(gate) * up * gate_NE[..., None].astype(gate.dtype)
     routed = jnp.einsum("nef,efd->nd", h, p["down_proj"])
     return routed.reshape(x_BSD.shape) + moe.mlp(p["shared"], x_BSD), load_E
 
@@ -148,7 +147,7 @@ def init(c: Config, seed: int) -> dict:
         name = path[-1].key
         if "norm" in name or "bias" in name:
             return jnp.full(a.shape, 0.0 if "bias" in name else 1.0, a.dtype)
-        fan_in = a.shape[-2] if a.ndim == 4 and name in ("gate_up_proj", "down_proj") else a.shape[-1]
+        fan_in = a.shape[-2] if a.ndim == 4 and name in moe.STACKS else a.shape[-1]
         std = {"embed_tokens": 0.05, "lm_head": 0.02}.get(name, fan_in**-0.5)
         std *= (2 * c.num_hidden_layers) ** -0.5 if name in ("o_proj", "down_proj") else 1.0
         return jnp.asarray(rng.standard_normal(a.shape, np.float32) * std)
