@@ -52,6 +52,7 @@ def op_arguments(
              (keys, scales), scalar, table, positions, spec((B,), "int32")),
             dict(k=K, page_size=PAGE_SIZE),
         ),
+        "plan_rows": ((spec((B, S, K), "int32"), table, c.num_attention_heads, pool), dict(page_size=PAGE_SIZE)),
         "sparse_mla": ((q, pool, scalar, spec((B, S, K), "int32")), attention),
         "dense_mla": ((q, pool, scalar, table, positions), attention | dict(page_size=PAGE_SIZE)),
         "grouped_matmul": (

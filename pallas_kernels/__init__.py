@@ -12,8 +12,8 @@ from .reference import scores_at
 from .row_plan import RowPlan, physical_rows
 
 __all__ = [
-    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "latent_row_shape", "pack_rows", "physical_rows", "plan_rows",
-    "sparse_mla", "unpack_rows",
+    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "latent_row_shape", "layer_matmul", "pack_rows", "physical_rows",
+    "plan_rows", "sparse_mla", "unpack_rows",
 ]  # fmt: skip
 
 
@@ -99,7 +99,23 @@ def dense_mla(
 def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto"):
     """Rows of ``x``, sorted by expert, times their expert's matrix of layer ``layer``: [N, F] in x's dtype.
 
-    ``group_sizes_E`` int32 sums to N: the first ``group_sizes[0]`` rows go to expert 0, and so on.
+    ``group_sizes_E`` int32: the first ``group_sizes[0]`` rows go to expert 0, and so on; rows beyond their sum, at most N,
+    belong to none and come out undefined. "gpu" and "tpu" mean that kernel where it can run, as a model's other ops may
+    have one that this has not.
     """
-    implementation = implementation if implementation == "reference" else "auto"
-    return dispatch.call("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
+    return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
+
+
+def layer_matmul(x, w_LFD, layer, *, implementation="auto"):
+    """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in x's dtype.
+
+    A kernel reads the few rows of a decode step's products in place, at memory speed; "gpu" and "tpu" as in
+    ``grouped_matmul``.
+    """
+    return _where_it_can("layer_matmul", implementation, x, w_LFD, layer)
+
+
+def _where_it_can(op, implementation, *args):
+    if implementation in ("gpu", "tpu") and dispatch.reason_against(op, implementation, *args, forced=True):
+        implementation = "auto"
+    return dispatch.call(op, implementation, *args)

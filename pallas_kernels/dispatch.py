@@ -22,8 +22,11 @@ _OPS = {
     "plan_rows": {"gpu": "sparse_mla_grouped_gpu"},
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
-    "grouped_matmul": {"tpu": "grouped_matmul_tpu"},
+    "grouped_matmul": {"gpu": "grouped_matmul_gpu", "tpu": "grouped_matmul_tpu"},
+    "layer_matmul": {"gpu": "layer_matmul_gpu"},
 }
+# Kernels that compile but have not run on a device yet: "auto" leaves them out, implementation="gpu" takes them.
+ON_TRIAL = {("grouped_matmul", "gpu"), ("layer_matmul", "gpu")}
 
 
 _TPUS = {
@@ -79,10 +82,10 @@ def interpreted(params=None):
         _interpreting.reset(token)
 
 
-def reason_against(op: str, backend: str, *args, on: Target | None = None, **kwargs) -> str | None:
+def reason_against(op: str, backend: str, *args, on: Target | None = None, forced=False, **kwargs) -> str | None:
     """Why ``backend`` ("gpu" or "tpu") cannot run ``op`` on these arguments (arrays or ShapeDtypeStructs); None if it can.
 
-    ``on`` is what to answer for, one of CHIPS; None asks for ``target()``.
+    ``on`` is what to answer for, one of CHIPS; None asks for ``target()``. ``forced``: kernels on trial count too.
     """
     if backend not in _OPS[op]:
         return f"no {backend} kernel for {op} yet"
@@ -93,7 +96,10 @@ def reason_against(op: str, backend: str, *args, on: Target | None = None, **kwa
         return f"needs a Hopper GPU (compute capability 9.0), found {chip}"
     if platform == "tpu" and chip not in ("interpreter", *CHIPS):
         return f"needs a TPU v5e, v5p, v6e or v7x, found {chip}"
-    return importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
+    reason = importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
+    if reason is None and not forced and (op, backend) in ON_TRIAL:
+        return f"the kernel has not run on a device yet: only implementation={backend} takes it"
+    return reason
 
 
 def choose(op: str, implementation: str, *args, **kwargs) -> str:
@@ -108,7 +114,7 @@ def choose(op: str, implementation: str, *args, **kwargs) -> str:
     if implementation == "auto":
         able = [b for b in _OPS[op] if reason_against(op, b, *args, **kwargs) is None]
         return able[0] if able else "reference"
-    reason = reason_against(op, implementation, *args, **kwargs)
+    reason = reason_against(op, implementation, *args, forced=True, **kwargs)
     if reason is not None:
         raise NotImplementedError(f"{op}: implementation={implementation}: {reason}")
     return implementation

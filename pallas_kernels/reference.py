@@ -185,3 +185,8 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
         y_NF = jnp.einsum("nd,ndf->nf", x_ND, w_LEDF[layer, expert_N], preferred_element_type=jnp.float32)
         return y_NF.astype(x_ND.dtype)
     return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E)
+
+
+def layer_matmul(x, w_LFD, layer):
+    """See ``pallas_kernels.layer_matmul``."""
+    return jnp.einsum("...d,fd->...f", x, w_LFD[layer])

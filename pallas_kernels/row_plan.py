@@ -16,6 +16,7 @@ from jax import lax
 # Nanoseconds for one row of a union and for one row of a list (benchmarks/results/kernels_sparse_mla_h200.md: 892 us for
 # 1,366 unions of 2,657 rows, 1,935 us for 4,096 lists of 2,048). Both kernels are bound by gathering.
 UNION_ROW, LIST_ROW = 0.246, 0.231
+SMS = 132  # blocks that ran at once: fewer groups leave some idle, fewer lists are split among them
 
 
 class Groups(NamedTuple):
@@ -63,7 +64,7 @@ def by_group(positions_BSK, g: int):
 def decide(rows_GU, owners_GU, count_G, shape) -> Groups:
     """The Groups, with the measured costs' verdict on lists of ``shape`` [B, S, K]."""
     B, S, K = shape
-    union_rows = count_G.mean(dtype=jnp.float32) * count_G.shape[0]
+    union_rows = count_G.mean(dtype=jnp.float32) * max(count_G.shape[0], SMS)
     return Groups(rows_GU, owners_GU, count_G, union_rows * UNION_ROW < B * S * K * LIST_ROW)
 
 

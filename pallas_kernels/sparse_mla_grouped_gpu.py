@@ -22,8 +22,8 @@ def supported(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size
     g = group_size(heads)
     if g < 2:
         return f"{heads} heads fill a tile by themselves: nothing to share"
-    if B * -(-S // g) < SMS:
-        return f"{B} x {S} queries are fewer groups of {g} than multiprocessors"
+    if S == 1 or B * S <= SMS:
+        return f"{B} x {S} queries: each has a multiprocessor to itself, or no neighbour"
     return unsupported(q, latent_pool_LMU, positions_BSK)
 
 

@@ -33,7 +33,14 @@ def configurations():
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import index_topk_gpu, row_groups_gpu, sparse_mla_gpu, sparse_mla_grouped_gpu
+    from pallas_kernels import (
+        grouped_matmul_gpu,
+        index_topk_gpu,
+        layer_matmul_gpu,
+        row_groups_gpu,
+        sparse_mla_gpu,
+        sparse_mla_grouped_gpu,
+    )
 
     def spec(shape, dtype="bfloat16"):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
@@ -62,6 +69,13 @@ def configurations():
     for H in (20, 64):
         args = (spec((1, 1024, H, 576)), spec((1, 65536, 576)), layer, spec((1, 1024, 2048), i32))
         yield f"sparse_mla gradient {H} heads", gradient, args
+    for N in (4, 64, 32768):
+        for D, F in ((2048, 1536), (1536, 2048)):
+            args = (spec((N, D)), spec((46, 64, D, F)), layer, spec((64,), i32))
+            yield f"grouped_matmul {N} x {D} x {F}", grouped_matmul_gpu.grouped_matmul, args
+    for N, F, D in ((1, 768, 2048), (1, 5120, 768), (1, 2048, 5120), (1, 2048, 10240), (4, 2048, 5120)):
+        args = (spec((N, D)), spec((47, F, D)), layer)
+        yield f"layer_matmul {N} x {D} x {F}", layer_matmul_gpu.layer_matmul, args
     for dtype in ("bfloat16", "float8_e4m3fn"):
         for name, S, pages in [("prefill", 1024, 512), ("decode", 1, 784)]:
             keys = spec((12, pages * 256, 128), dtype)

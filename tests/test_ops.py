@@ -278,4 +278,4 @@ def test_forced_implementation_says_why_it_cannot_run():
         pallas_kernels.sparse_mla(q, pool, 0, rows, scale=1.0, implementation=missing)
     with pytest.raises(ValueError, match="implementation must be one of"):
         pallas_kernels.sparse_mla(q, pool, 0, rows, scale=1.0, implementation="cuda")
-    assert dispatch.reason_against("grouped_matmul", "gpu").startswith("no gpu kernel")
+    assert dispatch.reason_against("dense_mla", "gpu").startswith("no gpu kernel")

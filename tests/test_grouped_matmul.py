@@ -1,0 +1,129 @@
+"""The Hopper kernels of grouped_matmul and layer_matmul in GPU interpret mode, against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels
+from pallas_kernels import dispatch, grouped_matmul_gpu, layer_matmul_gpu, matvec_gpu
+
+E, LAYERS = 6, 2
+GROUPS = {  # rows of each expert
+    "ragged": [3, 0, 70, 130, 17, 0],
+    "whole tiles": [0, 128, 0, 256, 0, 0],
+    "one row each": [1, 1, 1, 1, 1, 1],
+    "one expert": [0, 0, 0, 0, 0, 77],
+    "begins at every eighth": [9, 8, 7, 57, 63, 129],
+}
+
+
+def inputs(sizes, D, F, of_none=0):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    return draw(sum(sizes) + of_none, D), draw(LAYERS, E, D, F), jnp.int32(1), jnp.asarray(sizes, jnp.int32)
+
+
+def check(got, x, w, layer, sizes):
+    assert got.dtype == x.dtype and len(got) == len(x)
+    x, got = x[: sizes.sum()], got[: sizes.sum()]
+    want = oracle.grouped_matmul(np.asarray(x, np.float32), np.asarray(w[layer], np.float64), np.asarray(sizes))
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=2**-8 * np.abs(want).max(), rtol=2**-8)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_tiles(monkeypatch, name):
+    """Two blocks walk all tiles; two column tiles; a stage is used again; rows of other experts stay untouched."""
+    monkeypatch.setattr(grouped_matmul_gpu, "SMS", 2)
+    args = inputs(GROUPS[name], 320 if name == "ragged" else 64, 256 if name == "one expert" else 384)
+    check(grouped_matmul_gpu.ragged(*args, interpret=plgpu.InterpretGPUParams()), *args)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_tile_table_covers_every_row_once(name):
+    sizes, columns = GROUPS[name], 3
+    table, tiles = grouped_matmul_gpu.tile_table(jnp.asarray(sizes, jnp.int32), sum(sizes), columns)
+    assert len(table) >= tiles
+    seen = np.zeros((sum(sizes), columns), int)
+    for expert, row, low, high, column in np.asarray(table)[: int(tiles)]:
+        assert row % 8 == 0 and 0 <= low < high <= 128
+        rows = np.arange(row + low, row + high)
+        np.testing.assert_array_equal(np.repeat(np.arange(E), sizes)[rows], expert)
+        seen[rows, column] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("splits", [None, 1])
+def test_single_rows(splits):
+    """Four rows, two of them to one expert; sums of a split and of an unsplit launch."""
+    x, w, layer, sizes = inputs([0, 1, 0, 2, 0, 1], 256, 512)
+    base = (layer * E + jnp.asarray([1, 3, 3, 5], jnp.int32)) * 256
+    interpret = plgpu.InterpretGPUParams()
+    got = matvec_gpu.matvec(x, w.reshape(-1, 512), base, splits=splits, interpret=interpret)
+    check(got, x, w, layer, sizes)
+
+
+def test_few_and_many_rows_take_their_path_and_differentiate(monkeypatch):
+    interpret = plgpu.InterpretGPUParams()
+    monkeypatch.setattr(grouped_matmul_gpu, "SMS", 2)
+    taken = []
+    for module, name in ((grouped_matmul_gpu, "ragged"), (matvec_gpu, "matvec")):
+        run = functools.partial(getattr(module, name), interpret=interpret)
+        monkeypatch.setattr(module, name, lambda *a, run=run, name=name: (taken.append(name), run(*a))[1])
+    for sizes in ([1, 0, 2, 0, 1, 0], [9, 0, 8, 0, 3, 0]):
+        args = inputs(sizes, 64, 256, of_none=3)  # of the last layer: what follows its last expert is no matrix
+        check(grouped_matmul_gpu.grouped_matmul(*args), *args)
+    assert taken == ["matvec", "ragged"]
+    x, w, layer, sizes = inputs([1, 0, 2, 0, 1, 0], 64, 256)
+    loss = lambda f: lambda x, w: (f(x, w, layer, sizes).astype(jnp.float32) ** 2).sum()
+    got = jax.grad(loss(grouped_matmul_gpu.grouped_matmul), (0, 1))(x, w)
+    want = jax.grad(loss(functools.partial(pallas_kernels.grouped_matmul, implementation="reference")), (0, 1))(x, w)
+    for a, b in zip(got, want, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
+
+
+def test_on_trial_only_when_asked_for():
+    spec = jax.ShapeDtypeStruct
+    args = spec((64, 128), jnp.bfloat16), spec((2, 4, 128, 256), jnp.bfloat16), spec((), jnp.int32), spec((4,), jnp.int32)
+    ask = functools.partial(dispatch.reason_against, "grouped_matmul", "gpu", on=dispatch.CHIPS["h200"])
+    assert "not run on a device" in ask(*args) and ask(*args, forced=True) is None
+    assert "bfloat16" in ask(spec((64, 128), jnp.float32), *args[1:])
+    assert "64 x 128" in ask(args[0], spec((2, 4, 128, 100), jnp.bfloat16), *args[2:])
+    # Forced where it cannot run: the reference, as for ops without a kernel.
+    x, w, layer, sizes = inputs([1, 0, 2, 0, 1, 0], 64, 256)
+    check(pallas_kernels.grouped_matmul(x, w, layer, sizes, implementation="gpu"), x, w, layer, sizes)
+
+
+@pytest.mark.parametrize(("N", "F", "D"), [(1, 48, 768), (3, 24, 256)])
+def test_layer_matmul(monkeypatch, N, F, D):
+    """Several rows a block, and one; D that leaves two and six elements a thread."""
+    monkeypatch.setattr(layer_matmul_gpu, "BLOCKS", 8)
+    assert layer_matmul_gpu.rows_of_block(F, D) > 1 and layer_matmul_gpu.rows_of_block(5, D) == 1
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((N, D), (3, F, D)))
+    run = functools.partial(layer_matmul_gpu.product, interpret=plgpu.InterpretGPUParams())
+    want = np.asarray(x, np.float64) @ np.asarray(w[2], np.float64).T
+    tolerance = dict(atol=2**-8 * np.abs(want).max(), rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(run(x, w, jnp.int32(2)), np.float64), want, **tolerance)
+    for implementation in ("auto", "gpu", "reference"):
+        got = pallas_kernels.layer_matmul(x[None], w, 2, implementation=implementation)
+        np.testing.assert_allclose(np.asarray(got[0], np.float64), want, **tolerance)
+    monkeypatch.setattr(layer_matmul_gpu, "product", run)
+    loss = lambda f: lambda x, w: (f(x, w, jnp.int32(2)).astype(jnp.float32) ** 2).sum()
+    got = jax.grad(loss(layer_matmul_gpu.layer_matmul), (0, 1))(x, w)
+    for a, b in zip(got, jax.grad(loss(pallas_kernels.layer_matmul), (0, 1))(x, w), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
+
+
+def test_why_layer_matmul_cannot():
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    why = lambda N, L, F, D: layer_matmul_gpu.supported(spec(1, N, D), spec(L, F, D), 0)
+    assert why(1, 47, 2048, 5120) is None
+    assert "5 rows" in why(5, 47, 2048, 5120)
+    assert "multiple of 256" in why(1, 47, 2048, 640)
