@@ -73,9 +73,7 @@ def load(args, config, loaded, console):
     # Without an indexer there is no pattern to load; a dense run needs none.
     with console.progress("loading", bytes_=True) as progress:
         pattern = None if loaded is None else str(loaded)
-        lm = ic_jax.load(
-            args.model, pattern=pattern, dense=loaded is None, mesh=args.mesh, progress=progress, **options
-        )
+        lm = ic_jax.load(args.model, pattern=pattern, dense=loaded is None, mesh=args.mesh, progress=progress, **options)
     return lm.engine, lm.name
 
 
@@ -84,9 +82,10 @@ def cells(row, about: dict, labels: dict[str, str]) -> tuple:
     percent = lambda x: "–" if x is None else f"{100 * x:.1f} %"
     depth = f" @ d{row.depth}" if row.depth else ""
     batch = f" x {row.batch}" if row.batch > 1 else ""
+    size, unit = (1e9, "B") if about["params"] >= 1e9 else (1e6, "M")
     return (
-        about["model"], f"{about['params'] / 10 ** (9 if about['params'] >= 1e9 else 6):.1f} {'B' if about['params'] >= 1e9 else 'M'}",
-        about["device"], labels[row.pattern], f"{row.test}{row.tokens}{batch}{depth}", f"{row.tps:.2f} ± {row.spread:.2f}",
+        about["model"], f"{about['params'] / size:.1f} {unit}", about["device"], labels[row.pattern],
+        f"{row.test}{row.tokens}{batch}{depth}", f"{row.tps:.2f} ± {row.spread:.2f}",
         f"{1e3 * row.median / row.tokens:.4g}", percent(row.indexer), percent(row.limit and row.limit / row.median),
         percent(row.overlap), "–" if row.memory_gb is None else f"{row.memory_gb:.2f}",
     )  # fmt: skip
@@ -134,9 +133,7 @@ def _body(args) -> None:
             steps, patterns, prompt=args.prompt, generate=args.generate, depths=args.depths, repeats=args.repeats,
             chip=roofline.CHIPS[chip] if chip else None, overlap=args.overlap or bool(args.preset), report=report,
         )  # fmt: skip
-    about = dict(
-        model=name, params=sum(a.size for a in jax.tree.leaves(engine.params)), device=kind.removeprefix("NVIDIA ")
-    )
+    about = dict(model=name, params=sum(a.size for a in jax.tree.leaves(engine.params)), device=kind.removeprefix("NVIDIA "))
     devices = 1 if engine.mesh is None else engine.mesh.size
     console.status(f"compiled in {steps.compile_seconds:.1f} s · peak memory {cli.peak_memory_gb():.3f} GB")
     if args.output == "md":
@@ -183,15 +180,20 @@ def _parser():
     parser.add_argument("-d", "--depths", type=_depths, default=[0], metavar="N,N…", help="tokens in the cache before (0)")
     parser.add_argument("-b", "--batch", type=cli.positive, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument("-r", "--repeats", type=cli.positive, default=5, metavar="N", help="timed repeats (5)")
-    parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or that line only (md)")  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", choices=("md", "json"), default="md", help="a table and a line of JSON, or only that line (md)"
+    )
     parser.add_argument("--compare", nargs="+", metavar="PATTERN", help="patterns to run side by side; also dense")
     parser.add_argument("--static", action="store_true", help="compile each pattern in, rather than pass it as data")
-    parser.add_argument("--overlap", action="store_true", help="measure what neighbouring queries share (always with --preset)")  # fmt: skip
+    parser.add_argument("--overlap", action="store_true", help="measure what neighbouring queries share, as with --preset")
     parser.add_argument("--chip", choices=CHIPS, help="the chip whose limits the roofline share refers to (the one found)")
     random = parser.add_argument_group("random weights")
     random.add_argument("--preset", metavar="NAME", help="shapes of this preset with random weights, in place of --model")
     random.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the weights and of the tokens (0)")
-    random.add_argument("--neighbours", type=_ratio, default=0.0, metavar="R", help="make neighbouring queries select alike; 64 gives 80-90 %% at long context")  # fmt: skip
+    random.add_argument(
+        "--neighbours", type=_ratio, default=0.0, metavar="R",
+        help="make neighbouring queries select alike: R 64 gives 80-90 %% at long context (0: as they are drawn)",
+    )  # fmt: skip
     cli.add_model_flags(parser)
     return parser
 

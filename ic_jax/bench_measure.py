@@ -6,6 +6,7 @@ Flow: Engine -> Steps (programs and one cache) -> ``measure``: fill the cache to
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ class Steps:
         return logits_BW
 
     def decode(self, pattern: Pattern | str, start: int, n: int):
-        """Generate ``n`` tokens from position ``start`` on, each the likeliest; returns the last one, int32 [B], under way."""
+        """Generate ``n`` tokens from position ``start`` on, each the likeliest; returns the last, int32 [B], under way."""
         token_B, position_B = jnp.asarray(self.ids_BT[:, start]), jnp.full(self.batch, start, jnp.int32)
         for _ in range(n):
             token_B, position_B, self.cache = self._run("decode", pattern, token_B, position_B)
@@ -203,9 +204,11 @@ def measure(
         for test, tokens in (("pp", prompt), ("tg", generate)):
             if not tokens:
                 continue
-            span = (depth, depth + tokens) if test == "pp" else (depth, tokens)
-            run = lambda p, step=steps.prefill if test == "pp" else steps.decode, span=span: step(p, *span)
-            ends = np.linspace(depth, depth + tokens, 5).astype(int)[1:].tolist() if test == "pp" else [depth]
+            if test == "pp":
+                run = functools.partial(steps.prefill, start=depth, stop=depth + tokens)
+                ends = np.linspace(depth, depth + tokens, 5).astype(int)[1:].tolist()
+            else:
+                run, ends = functools.partial(steps.decode, start=depth, n=tokens), [depth]
             shared = []
             for pattern in [*patterns, *extra]:
                 jax.block_until_ready(run(pattern))

@@ -41,7 +41,7 @@ class Initializer:
         return nnx.Param(jnp.zeros(shape, dtype or self.dtype), logical_axes=axes)
 
 
-def normal_in_blocks(key, shape, dtype, std: float, block: int = 1 << 20):
+def normal_in_blocks(key, shape, dtype, std: float, block: int = 1 << 19):
     """Normal numbers of ``shape``, drawn at most ``block`` elements at a time (or one row), written in place.
 
     Random bits and their transform take several times the memory of what they make: too much for a stack of experts.
@@ -49,12 +49,13 @@ def normal_in_blocks(key, shape, dtype, std: float, block: int = 1 << 20):
     lead = next(i for i in range(len(shape)) if i == len(shape) - 1 or math.prod(shape[i:]) <= block)
     rows, rest = math.prod(shape[:lead]), shape[lead:]
     together = max(d for d in range(1, max(block // math.prod(rest), 1) + 1) if rows % d == 0)
-    draw = lambda key, shape: jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
+    draw = lambda key, shape: (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
     if together == rows:
         return draw(key, shape)
     fill = lambda i, a: a.at[i].set(draw(jax.random.fold_in(key, i), (together, *rest)))
-    a = lax.fori_loop(0, rows // together, fill, jnp.zeros((rows // together, together, *rest), dtype))
-    return a.reshape(shape)
+    # Filled first with a number of its own: stacks of one shape that begin as the same zeros would be copied.
+    a = jnp.broadcast_to(draw(key, ()), (rows // together, together, *rest))
+    return lax.fori_loop(0, rows // together, fill, a).reshape(shape)
 
 
 class Transformer(nnx.Module):
