@@ -128,11 +128,13 @@ def _body(args) -> None:
     steps = bench_measure.Steps(
         engine, loaded.full_layers if loaded else (), batch=args.batch, seed=args.seed, static=args.static
     )
+    rows, shares = [], args.overlap or bool(args.preset)
     with console.progress("measuring") as report:
-        rows = bench_measure.measure(
-            steps, patterns, prompt=args.prompt, generate=args.generate, depths=args.depths, repeats=args.repeats,
-            chip=roofline.CHIPS[chip] if chip else None, overlap=args.overlap or bool(args.preset), report=report,
-        )  # fmt: skip
+        for i, depth in enumerate(args.depths):  # a cache each, of the size that the depth needs
+            tests = [(test, n, depth) for test, n in (("pp", args.prompt), ("tg", args.generate)) if n]
+            limits = roofline.CHIPS[chip] if chip else None
+            rows += bench_measure.measure(steps, patterns, tests, repeats=args.repeats, chip=limits, overlap=shares)
+            report(i + 1, len(args.depths), "")
     about = dict(model=name, params=sum(a.size for a in jax.tree.leaves(engine.params)), device=kind.removeprefix("NVIDIA "))
     devices = 1 if engine.mesh is None else engine.mesh.size
     console.status(f"compiled in {steps.compile_seconds:.1f} s · peak memory {cli.peak_memory_gb():.3f} GB")

@@ -1,6 +1,6 @@
 """What ``bench`` measures: steps in which the pattern is data, timed side by side over the same weights and cache.
 
-Flow: Engine -> Steps (programs and one cache) -> ``measure``: fill the cache to a depth, then rounds over all patterns.
+Flow: Engine -> Steps (programs and one cache) -> ``measure``: fill the cache to a depth, then time rounds over all patterns.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from .pattern import Pattern
 
 DENSE = "dense"  # in place of a Pattern: attend to every token
 PROBE = 64  # neighbouring queries of a measurement of overlap
-Report = Callable[[int, int, str], None]
 
 
 class Steps:
     """Programs over an Engine's weights for ``batch`` sequences of random tokens, and the cache they work on.
 
     layers: the layers that hold the indexers. The pattern is an argument, so one program serves all of them; ``static``
-    compiles each in instead. ``options`` (of XLA) goes to the compiler. The cache has room for ``tokens`` of ``reserve``.
+    compiles each in instead. The cache has room for ``tokens`` of ``reserve``.
     """
 
-    def __init__(self, engine, layers: tuple[int, ...], *, batch: int = 1, seed: int = 0, static=False, options=None):
+    def __init__(self, engine, layers: tuple[int, ...], *, batch: int = 1, seed: int = 0, static=False):
         self.engine, self.config, self.layers, self.batch = engine, engine.config, layers, batch
-        self.seed, self.static, self.xla = seed, static, options
+        self.seed, self.static = seed, static
         self.compile_seconds, self.cache, self.ids_BT = 0.0, None, np.zeros((batch, 0), np.int32)
         self.programs: dict[tuple, jax.stages.Compiled] = {}
         self.latest: dict[tuple, jax.stages.Compiled] = {}
 
-    def reserve(self, tokens: int) -> None:
-        """A fresh cache for ``tokens`` tokens a sequence, and the tokens; UserError when memory does not hold it."""
+    def reserve(self, tokens: int, cache=None) -> None:
+        """A fresh cache for ``tokens`` tokens a sequence (or the one given), and the tokens.
+
+        UserError when memory does not hold it.
+        """
         self.cache = None  # the old one goes before the new one comes
-        self.cache = self.engine.new_cache(self.batch, tokens)
+        self.cache = self.engine.new_cache(self.batch, tokens) if cache is None else cache
         self.ids_BT = np.random.default_rng(self.seed).integers(3, self.config.vocab_size, (self.batch, tokens), np.int32)
 
     def prefill(self, pattern: Pattern | str, start: int, stop: int, chunk: int | None = None):
@@ -62,6 +64,12 @@ class Steps:
             token_B, position_B, self.cache = self._run("decode", pattern, token_B, position_B)
         return token_B
 
+    def select(self, pattern: Pattern, start: int, stop: int):
+        """What the queries start <= t < stop select, int32 [L,B,S,K], all before ``stop`` being in the cache."""
+        positions_BS = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (self.batch, stop - start))
+        selected_LBSK, self.cache = self._run("select", pattern, self.ids_BT[:, start:stop], positions_BS)
+        return selected_LBSK
+
     def overlap(self, pattern: Pattern | str, ends: list[int]) -> float | None:
         """The share of its selection that a query has in common with the one before it, mean over full layers and over
         PROBE queries before each of ``ends`` (which the cache holds); None where no query selects."""
@@ -70,8 +78,7 @@ class Steps:
             start = max(end - PROBE, 0)
             if pattern == DENSE or start < K:
                 continue
-            positions_BS = np.broadcast_to(np.arange(start, end, dtype=np.int32), (self.batch, end - start))
-            selected_LBSK, self.cache = self._run("select", pattern, self.ids_BT[:, start:end], positions_BS)
+            selected_LBSK = self.select(pattern, start, end)
             for layer in pattern.full_layers:
                 a_BSK = selected_LBSK[layer]
                 shares.append(float(overlap_counts(a_BSK[:, :-1], a_BSK[:, 1:]).mean()) / a_BSK.shape[-1])
@@ -98,7 +105,8 @@ class Steps:
         """What of the pattern a program is compiled for."""
         return tuple(self.slots(pattern).tolist()) if self.static or pattern == DENSE else None
 
-    def _run(self, kind: str, pattern: Pattern | str, *args):
+    def compile(self, kind: str, pattern: Pattern | str, *args) -> jax.stages.Compiled:
+        """The program of kind "prefill", "decode" or "select" for these arguments; made when there is none yet."""
         static = self._static(pattern)
         key, slots_L = (kind, static, self.cache.capacity, *(a.shape for a in args)), self.slots(pattern)
         if key not in self.programs:
@@ -122,11 +130,14 @@ class Steps:
 
             began = time.perf_counter()
             step = jax.jit(dict(prefill=prefill, decode=decode, select=select)[kind], donate_argnums=2)
-            lowered = step.lower(self.engine.params, slots_L, self.cache, *args)
-            self.programs[key] = lowered.compile(compiler_options=self.xla)
+            self.programs[key] = step.lower(self.engine.params, slots_L, self.cache, *args).compile()
             self.compile_seconds += time.perf_counter() - began
-        program = self.latest[kind, static] = self.programs[key]
-        return program(self.engine.params, slots_L, self.cache, *args)
+        self.latest[kind, static] = self.programs[key]
+        return self.programs[key]
+
+    def _run(self, kind: str, pattern: Pattern | str, *args):
+        program = self.compile(kind, pattern, *args)
+        return program(self.engine.params, self.slots(pattern), self.cache, *args)
 
 
 def chunks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -178,13 +189,13 @@ class Row:
 
 
 def measure(
-    steps: Steps, patterns: list[Pattern | str], *, prompt: int, generate: int, depths: list[int], repeats: int,
-    chip: roofline.Chip | None = None, overlap: bool = False, report: Report | None = None,
+    steps: Steps, patterns: list[Pattern | str], tests: list[tuple[str, int, int]], *, repeats: int,
+    chip: roofline.Chip | None = None, overlap: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Rows of prefill of ``prompt`` tokens and decode of ``generate``, at every depth, for every pattern.
+    """Rows of every test for every pattern, over one cache with room for all; tests are (Row.test, tokens, depth).
 
-    The cache is filled to the depth by prefilling it, once for all patterns, with every loaded indexer full. Then every
-    pattern runs once unmeasured, and ``repeats`` rounds over all patterns are timed, so that drift hits all alike.
+    The cache is filled to a test's depth by prefilling it, once for all patterns, with every loaded indexer full. Then
+    every pattern runs once unmeasured, and ``repeats`` rounds over all patterns are timed, so that drift hits all alike.
 
     The indexer's share comes from one more pattern in those rounds, in which only layer 0 is full: what each full layer
     adds to that step (index keys, scores, selection, plan), times the full layers, over the step's time. A pattern of
@@ -195,31 +206,27 @@ def measure(
     sparse = [p for p in patterns if p != DENSE]
     extra = [base] if sparse and base not in patterns and max(p.n_full for p in sparse) > 1 else []
     fullest = Pattern("".join("F" if i in steps.layers else "S" for i in range(n_layers))) if steps.layers else DENSE
-    rows, done, all_ = [], 0, len(depths) * (bool(prompt) + bool(generate))
-    for depth in depths:
-        steps.reserve(depth + max(prompt, generate))
-        # The chunk of the timed prefill serves for filling too, unless it is small: one program less.
-        chunk = min(steps.engine.prefill_chunk, prompt) if prompt >= 256 else None
-        jax.block_until_ready(steps.prefill(fullest, 0, depth, chunk) if depth else None)
-        for test, tokens in (("pp", prompt), ("tg", generate)):
-            if not tokens:
-                continue
-            if test == "pp":
-                run = functools.partial(steps.prefill, start=depth, stop=depth + tokens)
-                ends = np.linspace(depth, depth + tokens, 5).astype(int)[1:].tolist()
-            else:
-                run, ends = functools.partial(steps.decode, start=depth, n=tokens), [depth]
-            shared = []
-            for pattern in [*patterns, *extra]:
-                jax.block_until_ready(run(pattern))
-                shared.append(steps.overlap(pattern, ends) if overlap else None)
-            times = _timed(run, [*patterns, *extra], repeats)
-            found = [_row(steps, p, test, tokens, depth, times[i], shared[i], chip) for i, p in enumerate(patterns)]
-            _indexer_shares(found, times[len(patterns)] if extra else None, patterns, base)
-            rows += found
-            done += 1
-            if report:
-                report(done, all_, "")
+    # The chunk of a timed prefill serves for filling too, unless it is small: one program less.
+    chunk = min([steps.engine.prefill_chunk, *(n for test, n, _ in tests if test == "pp" and n >= 256)])
+    rows, filled = [], 0
+    steps.reserve(max(depth + n for _, n, depth in tests))
+    for test, tokens, depth in tests:
+        if filled != depth:
+            jax.block_until_ready(steps.prefill(fullest, 0, depth, chunk) if depth else None)
+            filled = depth
+        if test == "pp":
+            run = functools.partial(steps.prefill, start=depth, stop=depth + tokens)
+            ends = np.linspace(depth, depth + tokens, 5).astype(int)[1:].tolist()
+        else:
+            run, ends = functools.partial(steps.decode, start=depth, n=tokens), [depth]
+        shared: list[float | None] = []
+        for pattern in [*patterns, *extra]:
+            jax.block_until_ready(run(pattern))
+            shared.append(steps.overlap(pattern, ends) if overlap and pattern in patterns else None)
+        times = _timed(run, [*patterns, *extra], repeats)
+        found = [_row(steps, p, test, tokens, depth, times[i], shared[i], chip) for i, p in enumerate(patterns)]
+        _indexer_shares(found, times[len(patterns)] if extra else None, patterns, base)
+        rows += found
     return rows
 
 

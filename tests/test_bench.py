@@ -138,14 +138,11 @@ def test_scaled_weights_route_as_natural_ones_do(steps):
 
 def test_rows_of_all_patterns_over_one_program(steps):
     patterns = [ALL, QUARTER, Pattern("FSFS"), DENSE]
-    rows = bench_measure.measure(
-        steps, patterns, prompt=64, generate=3, depths=[960 - 64, 960], repeats=2, chip=roofline.CHIPS["h200"], overlap=True
-    )
+    tests = [("pp", 64, 896), ("tg", 3, 896), ("tg", 3, 960)]
+    rows = bench_measure.measure(steps, patterns, tests, repeats=2, chip=roofline.CHIPS["h200"], overlap=True)
     for kind in ("prefill", "decode"):
         assert steps.program(kind, ALL) is steps.program(kind, QUARTER) is not steps.program(kind, DENSE)
-    assert [(r.test, r.depth, r.pattern) for r in rows] == [
-        (test, depth, str(p)) for depth in (896, 960) for test in ("pp", "tg") for p in patterns
-    ]
+    assert [(r.test, r.tokens, r.depth, r.pattern) for r in rows] == [(*test, str(p)) for test in tests for p in patterns]
     for row in rows:
         assert len(row.seconds) == 2 and row.tps > 0 and 0 < row.limit < row.median and row.memory_gb > 0
         assert (row.indexer is None) == (row.overlap is None) == (row.pattern == DENSE) == (row.full == 0)
@@ -177,9 +174,7 @@ def test_a_pattern_compiled_in_computes_the_same(steps):
 
 def test_overlap_is_that_of_the_selected_sets(steps):
     steps.prefill(ALL, 0, 128)
-    positions = np.arange(64, 128, dtype=np.int32)[None]
-    selected, steps.cache = steps._run("select", ALL, steps.ids_BT[:, 64:128], positions)
-    sets = [[set(row.tolist()) for row in layer[0]] for layer in np.asarray(selected)]
+    sets = [[set(row.tolist()) for row in layer[0]] for layer in np.asarray(steps.select(ALL, 64, 128))]
     want = [np.mean([len(a & b) / 16 for a, b in zip(layer, layer[1:], strict=False)]) for layer in sets]
     assert steps.overlap(ALL, [128]) == pytest.approx(np.mean(want))
     assert steps.overlap(QUARTER, [128]) == pytest.approx(want[0])
