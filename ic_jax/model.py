@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -33,14 +34,30 @@ class Initializer:
         self.rngs, self.dtype = rngs, dtype
 
     def normal(self, shape, axes):
-        value = jax.random.normal(self.rngs.params(), shape, self.dtype) * jnp.asarray(0.02, self.dtype)
-        return nnx.Param(value, logical_axes=axes)
+        return nnx.Param(normal_in_blocks(self.rngs.params(), shape, self.dtype, 0.02), logical_axes=axes)
 
     def ones(self, shape, axes, dtype=None):
         return nnx.Param(jnp.ones(shape, dtype or self.dtype), logical_axes=axes)
 
     def zeros(self, shape, axes, dtype=None):
         return nnx.Param(jnp.zeros(shape, dtype or self.dtype), logical_axes=axes)
+
+
+def normal_in_blocks(key, shape, dtype, std: float, block: int = 1 << 19):
+    """Normal numbers of ``shape``, drawn at most ``block`` elements at a time (or one row), written in place.
+
+    Random bits and their transform take several times the memory of what they make: too much for a stack of experts.
+    """
+    lead = next(i for i in range(len(shape)) if i == len(shape) - 1 or math.prod(shape[i:]) <= block)
+    rows, rest = math.prod(shape[:lead]), shape[lead:]
+    together = max(d for d in range(1, max(block // math.prod(rest), 1) + 1) if rows % d == 0)
+    draw = lambda key, shape: (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+    if together == rows:
+        return draw(key, shape)
+    fill = lambda i, a: a.at[i].set(draw(jax.random.fold_in(key, i), (together, *rest)))
+    # Filled first with a number of its own: stacks of one shape that begin as the same zeros would be copied.
+    a = jnp.broadcast_to(draw(key, ()), (rows // together, together, *rest))
+    return lax.fori_loop(0, rows // together, fill, a).reshape(shape)
 
 
 class Transformer(nnx.Module):
@@ -72,7 +89,7 @@ def abstract_params(c: Config, slots: int, dtype=jnp.bfloat16) -> tuple[dict, di
 
 
 def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16) -> dict:
-    """Random parameters, made on the default device."""
+    """Random parameters, made on the default device in little more memory than they take."""
     return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(c, slots, nnx.Rngs(seed), dtype), nnx.Param)))()
 
 

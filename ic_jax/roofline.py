@@ -78,8 +78,9 @@ def _indexer(c: Config) -> int:
 
 
 def step(
-    c: Config, pattern: Pattern | None, queries: int, start: int, *, batch: int = 1, itemsize: int = 2, index_itemsize: int = 2
-) -> dict[str, Part]:
+    c: Config, pattern: Pattern | None, queries: int, start: int, *, batch: int = 1, itemsize: int = 2,
+    index_itemsize: int = 2,
+) -> dict[str, Part]:  # fmt: skip
     """The work of one call: ``queries`` tokens of each of ``batch`` sequences behind ``start`` cached ones.
 
     pattern: None attends to every token and runs no indexer. itemsize, index_itemsize: bytes of weights and latents, and

@@ -75,11 +75,13 @@ def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, len
 
     @jax.jit  # traced once for all chunks
     def chunk(q, w, positions):
-        scores = index_scores(
-            q, w, index_pool, slot, page_table_BP, positions, lengths_B, page_size=page_size, min_limit=k
-        )
+        with jax.named_scope("scores"):
+            scores = index_scores(
+                q, w, index_pool, slot, page_table_BP, positions, lengths_B, page_size=page_size, min_limit=k
+            )
         limit = jnp.clip(jnp.minimum(positions + 1, lengths_B[:, None]), 0, capacity)
-        selected, count = topk(scores.reshape(-1, capacity), limit.reshape(-1), k=k)
+        with jax.named_scope("select"):
+            selected, count = topk(scores.reshape(-1, capacity), limit.reshape(-1), k=k)
         return selected.reshape(*positions.shape, k), count.reshape(positions.shape)
 
     if capacity <= k:

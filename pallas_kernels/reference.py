@@ -77,8 +77,10 @@ def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, len
             at_T = i * tile + jnp.arange(tile, dtype=jnp.int32)
             rows_T = physical_rows(pages_P[None], jnp.minimum(at_T, capacity - 1)[None], page_size)[0]
             scales_T = None if scales_GM is None else scales_GM[slot, rows_T]
-            scores_ST = canonical(index_scores(q_SIJ, w_SI, keys_GMJ[slot, rows_T], scales_T))
-            return merge(best, jnp.where(at_T < limit_S[:, None], scores_ST, -jnp.inf), at_T)
+            with jax.named_scope("scores"):
+                scores_ST = canonical(index_scores(q_SIJ, w_SI, keys_GMJ[slot, rows_T], scales_T))
+            with jax.named_scope("select"):
+                return merge(best, jnp.where(at_T < limit_S[:, None], scores_ST, -jnp.inf), at_T)
 
         best = (jnp.full((block, k), -jnp.inf), jnp.full((block, k), _NO_POSITION))
         scores_SK, positions_SK = lax.fori_loop(0, (limit_S.max() + tile - 1) // tile, step, best)
