@@ -29,6 +29,9 @@ from .sampling import SamplingParams
 from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
 
+CHUNK = 4096  # prompt tokens of one step and device, beside a CPU's 512
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """One step of a stream: new text (may be empty while a character or a stop string is incomplete) and its token.
@@ -382,7 +385,7 @@ def load(
     engine = Engine(
         params, config, slots,
         max_context=max_context or config.max_position_embeddings,
-        prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else 4096),
+        prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else CHUNK * Parallel(**sizes).parts),
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
     return LM(engine, tokenizer, chosen, name)

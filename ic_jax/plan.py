@@ -17,14 +17,13 @@ from .errors import UserError
 # One direction of a device's links, TB/s: NVIDIA's data sheets (NVLink, half of 0.9) and cloud.google.com/tpu/docs.
 LINKS = {"h100": 0.45, "h200": 0.45, "v5e": 0.2, "v5p": 0.6, "v6e": 0.4, "v7x": 0.6}
 DEVICES_PER_CHIP = {"v7x": 2}  # a JAX device is half of such a chip
-CHUNK = 8192
 
 
 class Layout:
     """A model, its caches and one mesh: what lies on a device, and what a step makes it do.
 
-    All sizes in bytes of one device. ``sizes``: mesh axes as ``sharding.parse_mesh`` gives them. ``pattern``: None for
-    dense attention. ``chip``: one of LINKS, whose kernels lay cache rows out. ``index_dtype``: None for ``dtype``.
+    All sizes in bytes of one device. ``sizes``: mesh axes as ``sharding.parse_mesh`` gives them. ``chunk``: prompt tokens
+    of one step, None for the engine's choice. ``pattern``: None for dense attention. ``chip``: one of LINKS, whose kernels lay cache rows out. ``index_dtype``: None for ``dtype``.
     """
 
     def __init__(self, config, pattern, sizes, chip, *, context, batch, chunk, dtype="bfloat16", index_dtype=None):
@@ -32,7 +31,7 @@ class Layout:
 
         from pallas_kernels import dispatch, latent_row_shape
 
-        from . import cache
+        from . import cache, engine
         from .parallel import Parallel
 
         self.c, self.pattern, self.sizes, self.context, self.dtype = config, pattern, sizes, context, dtype
@@ -40,6 +39,7 @@ class Layout:
         self.slots = pattern.n_full if pattern else 0
         self.columns = math.prod(latent_row_shape(config.latent_dim, jnp.dtype(dtype), on=dispatch.CHIPS[chip]))
         self.batch = -(-batch // self.p.data)
+        chunk = chunk or engine.CHUNK * self.p.parts
         # A chunk that the sequence axes do not divide would not be split.
         self.chunk = min(max(chunk // self.p.parts, 1) * self.p.parts, -(-context // self.p.parts) * self.p.parts)
         self.itemsize, self.index_itemsize = jnp.dtype(dtype).itemsize, jnp.dtype(index_dtype or dtype).itemsize
@@ -186,7 +186,7 @@ def _body(args) -> None:
         parse = lambda: pattern_file.parse(chosen, config, name) if isinstance(chosen, str) else chosen
         pattern = config.pattern if chosen is None else parse()
     options = dict(
-        context=args.context, batch=args.batch, chunk=args.prefill_chunk or CHUNK, dtype=args.dtype,
+        context=args.context, batch=args.batch, chunk=args.prefill_chunk, dtype=args.dtype,
         index_dtype=args.index_dtype,
     )  # fmt: skip
     layout, console = Layout(config, pattern, sizes, args.chip, **options), cli.Console(args.quiet)
@@ -263,7 +263,7 @@ def _parser():
     parser.add_argument("--index-offset", type=int, metavar="M", help="where --index-freq begins to count (2)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and latents")
     parser.add_argument("--index-dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), help="of index keys (as --dtype)")
-    parser.add_argument("--prefill-chunk", type=cli.positive, metavar="N", help=f"prompt tokens of one step ({CHUNK})")
+    parser.add_argument("--prefill-chunk", type=cli.positive, metavar="N", help="prompt tokens of one step (as generate)")
     parser.add_argument("--compile", action="store_true", help="compile the programs for these TPUs (needs libtpu)")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     cli.add_common_flags(parser)
