@@ -28,7 +28,6 @@ from .pattern import Pattern
 from .sampling import SamplingParams
 from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
-
 CHUNK = 4096  # prompt tokens of one step and device, beside a CPU's 512
 
 

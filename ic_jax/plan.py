@@ -22,8 +22,9 @@ DEVICES_PER_CHIP = {"v7x": 2}  # a JAX device is half of such a chip
 class Layout:
     """A model, its caches and one mesh: what lies on a device, and what a step makes it do.
 
-    All sizes in bytes of one device. ``sizes``: mesh axes as ``sharding.parse_mesh`` gives them. ``chunk``: prompt tokens
-    of one step, None for the engine's choice. ``pattern``: None for dense attention. ``chip``: one of LINKS, whose kernels lay cache rows out. ``index_dtype``: None for ``dtype``.
+    All sizes in bytes of one device. ``sizes``: mesh axes as ``sharding.parse_mesh`` gives them. ``pattern``: None for
+    dense attention. ``chip``: one of LINKS, whose kernels lay cache rows out. ``chunk``: prompt tokens of one step, None
+    for the engine's choice. ``index_dtype``: None for ``dtype``.
     """
 
     def __init__(self, config, pattern, sizes, chip, *, context, batch, chunk, dtype="bfloat16", index_dtype=None):
