@@ -3,7 +3,7 @@
 A backend is a module with the op's function and ``supported(...) -> str | None``, the reason why it cannot run these
 arguments. ``auto`` takes the first backend that can; a forced one that cannot raises NotImplementedError.
 
-What a program will run on is ``target()``: this process's device, or the TPU of the abstract mesh under which it is
+What a program will run on is ``target()``: this process's device, or that of the abstract mesh under which it is
 compiled ahead of time, or, inside ``interpreted()``, Pallas's interpreter of TPU kernels.
 """
 
@@ -33,6 +33,7 @@ _TPUS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
     "TPU7x": "v7x",
 }  # fmt: skip
+_GPUS = {"NVIDIA H100 80GB HBM3": "9.0", "NVIDIA H200": "9.0"}  # of programs compiled ahead of time
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 
 
@@ -58,7 +59,7 @@ def target() -> Target:
         device = abstract  # compiled ahead of time
     kind = device.device_kind
     platform = "gpu" if device.platform == "cuda" else device.platform
-    return Target(platform, _TPUS.get(kind, kind) if platform == "tpu" else getattr(device, "compute_capability", kind))
+    return Target(platform, _TPUS.get(kind, kind) if platform == "tpu" else getattr(device, "compute_capability", _GPUS.get(kind, kind)))
 
 
 def interpreting() -> bool:
