@@ -212,7 +212,7 @@ def test_a_reader_that_leaves_is_no_error():
 # Help and the list of commands
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "info"])
+@pytest.mark.parametrize("name", ["generate", "chat", "info", "bench"])
 def test_help_is_quick_and_silent(name):
     code = (
         f"import sys\nfrom ic_jax import {name}\n"
