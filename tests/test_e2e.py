@@ -79,7 +79,8 @@ def row(test, pattern, seconds, tokens, depth, overlap=0.85):
     full = pattern.count("F")
     return dict(
         pattern=pattern, full=full, test=test, tokens=tokens, depth=depth, seconds=[seconds, seconds * 1.2],
-        median_s=seconds, tps=tokens / seconds, tps_spread=1.0, indexer=0.5 if full else None, roofline=0.25, overlap=overlap, memory_gb=100.0,
+        median_s=seconds, tps=tokens / seconds, tps_spread=1.0, indexer=0.5 if full else None,
+        roofline=0.25, overlap=overlap, memory_gb=100.0,
     )  # fmt: skip
 
 
