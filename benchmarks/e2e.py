@@ -1,9 +1,9 @@
 """The paper's table on one accelerator: a 30B-shaped model whole, random weights, prefill and decode up to 200K tokens.
 
-    python benchmarks/e2e.py                        everything, a part after another, then the report
-    python benchmarks/e2e.py --minutes 5            begin parts until then; run it again to go on (exit status 3: more is left)
-    python benchmarks/e2e.py table                  the parts of one kind
-    python benchmarks/e2e.py --preset demo --layers 2 --tokens 128,256 -n 2 -r 1 --memory-gb 0.06 --out DIR      a trial on a CPU
+    python benchmarks/e2e.py                   everything, a part after another, then the report
+    python benchmarks/e2e.py --minutes 5       begin parts until then; run it again to go on (exit status 3: more is left)
+    python benchmarks/e2e.py table             the parts of one kind
+    python benchmarks/e2e.py --preset demo --layers 2 --tokens 128,256 -n 2 -r 1 --memory-gb 0.06 --out DIR    on a CPU
 
 Kinds of parts: ``table`` (prefill and decode, all-full beside 1/4, natural and alike weights, fp8 and bf16 index keys),
 ``crossover`` (against dense attention), ``breakdown`` (device time by phase), ``saturated`` (the largest batch that
