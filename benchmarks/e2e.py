@@ -3,7 +3,7 @@
     python benchmarks/e2e.py                   everything, a part after another, then the report
     python benchmarks/e2e.py --minutes 5       begin parts until then; run it again to go on (exit status 3: more is left)
     python benchmarks/e2e.py table             the parts of one kind
-    python benchmarks/e2e.py --preset demo --layers 2 --tokens 128,256 -n 2 -r 1 --memory-gb 0.06 --out DIR    on a CPU
+    python benchmarks/e2e.py --preset demo --layers 2 --tokens 128,256 -n 2 -r 1 --memory-gb 0.2 --out DIR     on a CPU
 
 Kinds of parts: ``table`` (prefill and decode, all-full beside 1/4, natural and alike weights, fp8 and bf16 index keys),
 ``crossover`` (against dense attention), ``breakdown`` (device time by phase), ``saturated`` (the largest batch that
@@ -85,10 +85,9 @@ class Bench:
         from ic_jax import bench_measure, roofline
 
         chip = roofline.chip_of(jax.devices()[0].device_kind)
+        limits = roofline.limits(chip) if chip else None
         steps = self.steps(engine)
-        rows = bench_measure.measure(
-            steps, patterns, tests, repeats=self.args.repeats, chip=roofline.CHIPS[chip] if chip else None, overlap=True
-        )
+        rows = bench_measure.measure(steps, patterns, tests, repeats=self.args.repeats, chip=limits, overlap=True)
         return [row.to_json() | dict(compile_seconds=steps.compile_seconds) for row in rows]
 
     def steps(self, engine):
