@@ -1,8 +1,9 @@
 """The paper's table on one accelerator: a 30B-shaped model whole, random weights, prefill and decode up to 200K tokens.
 
-    python benchmarks/e2e.py                  everything, a part after another, then the report
-    python benchmarks/e2e.py table --minutes 9          whole parts until the time is used up; run it again to go on
-    python benchmarks/e2e.py all --preset demo --tokens 256,512 --out /tmp/e2e         a trial on a CPU
+    python benchmarks/e2e.py                   everything, a part after another, then the report
+    python benchmarks/e2e.py --minutes 5       begin parts until then; run it again to go on (exit status 3: more is left)
+    python benchmarks/e2e.py table             the parts of one kind
+    python benchmarks/e2e.py --preset demo --layers 2 --tokens 128,256 -n 2 -r 1 --memory-gb 0.2 --out DIR     on a CPU
 
 Kinds of parts: ``table`` (prefill and decode, all-full beside 1/4, natural and alike weights, fp8 and bf16 index keys),
 ``crossover`` (against dense attention), ``breakdown`` (device time by phase), ``saturated`` (the largest batch that
@@ -84,10 +85,9 @@ class Bench:
         from ic_jax import bench_measure, roofline
 
         chip = roofline.chip_of(jax.devices()[0].device_kind)
+        limits = roofline.limits(chip) if chip else None
         steps = self.steps(engine)
-        rows = bench_measure.measure(
-            steps, patterns, tests, repeats=self.args.repeats, chip=roofline.CHIPS[chip] if chip else None, overlap=True
-        )
+        rows = bench_measure.measure(steps, patterns, tests, repeats=self.args.repeats, chip=limits, overlap=True)
         return [row.to_json() | dict(compile_seconds=steps.compile_seconds) for row in rows]
 
     def steps(self, engine):
@@ -228,13 +228,14 @@ def main() -> int:
     if args.kind != "all":
         return 0 if run_kind(args, args.kind) else 3
     # A process for each kind: the breakdown needs another compilation, and memory is handed back in between.
-    rest = [a for a in sys.argv[1:] if a != "all"]
-    for kind in (*KINDS, "report"):
+    rest, status = [a for a in sys.argv[1:] if a != "all"], 0
+    for kind in KINDS:
         env = os.environ | (dict(XLA_FLAGS=_flags(os.environ.get("XLA_FLAGS", ""))) if kind == "breakdown" else {})
         left = ["--minutes", f"{max(args.until - time.monotonic(), 0) / 60:.3f}"]
-        if status := subprocess.run([sys.executable, __file__, kind, *rest, *left], env=env).returncode:
-            return status
-    return 0
+        status = subprocess.run([sys.executable, __file__, kind, *rest, *left], env=env).returncode
+        if status:
+            break
+    return subprocess.run([sys.executable, __file__, "report", *rest]).returncode or status
 
 
 def _flags(flags: str) -> str:

@@ -124,7 +124,8 @@ def _body(args) -> None:
         )
     engine, name = load(args, config, loaded, console)
     kind = jax.devices()[0].device_kind
-    chip = args.chip or roofline.chip_of(kind)
+    chip, devices = args.chip or roofline.chip_of(kind), 1 if engine.mesh is None else engine.mesh.size
+    limits = roofline.limits(chip, devices) if chip else None
     steps = bench_measure.Steps(
         engine, loaded.full_layers if loaded else (), batch=args.batch, seed=args.seed, static=args.static
     )
@@ -132,11 +133,9 @@ def _body(args) -> None:
     with console.progress("measuring") as report:
         for i, depth in enumerate(args.depths):  # a cache each, of the size that the depth needs
             tests = [(test, n, depth) for test, n in (("pp", args.prompt), ("tg", args.generate)) if n]
-            limits = roofline.CHIPS[chip] if chip else None
             rows += bench_measure.measure(steps, patterns, tests, repeats=args.repeats, chip=limits, overlap=shares)
             report(i + 1, len(args.depths), "")
     about = dict(model=name, params=sum(a.size for a in jax.tree.leaves(engine.params)), device=kind.removeprefix("NVIDIA "))
-    devices = 1 if engine.mesh is None else engine.mesh.size
     console.status(f"compiled in {steps.compile_seconds:.1f} s · peak memory {cli.peak_memory_gb():.3f} GB")
     if args.output == "md":
         table = [cells(row, about, labels_of(patterns)) for row in rows]

@@ -30,8 +30,9 @@ CHIPS = {
     "v5e": Chip(197, 197, 0.819, 16),  # cloud.google.com/tpu/docs/v5e
     "v5p": Chip(459, 459, 2.765, 95),  # cloud.google.com/tpu/docs/v5p
     "v6e": Chip(918, 918, 1.64, 32),  # cloud.google.com/tpu/docs/v6e
-    "v7x": Chip(2307, 4614, 7.38, 192),  # cloud.google.com/tpu/docs/tpu7x; JAX shows a chip as two devices
+    "v7x": Chip(2307, 4614, 7.38, 192),  # cloud.google.com/tpu/docs/tpu7x
 }
+_DEVICES = {"v7x": 2}  # JAX devices a chip, where not one
 # What jax calls the devices of a chip, the first match counts ("TPU v5 lite" before "TPU v5").
 _KINDS = {"h200": "h200", "h100": "h100", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "tpu7": "v7x"}
 
@@ -136,8 +137,8 @@ def seconds(parts: dict[str, Part], chip: Chip) -> float:
     return sum(max(p.flops / rate(p), p.moved / (chip.hbm * 1e12)) for p in parts.values())
 
 
-def chip(name: str) -> Chip:
-    """The Chip called ``name``; UserError for one that is not listed."""
+def limits(name: str, devices: int = 1) -> Chip:
+    """What ``devices`` JAX devices of the chip called ``name`` do together; UserError for one that is not listed."""
     if name not in CHIPS:
         raise UserError(f"no chip is called {name!r}; there are {', '.join(CHIPS)}")
-    return CHIPS[name]
+    return Chip(*(v * devices / _DEVICES.get(name, 1) for v in CHIPS[name]))

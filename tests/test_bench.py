@@ -12,6 +12,7 @@ from ic_jax import bench, bench_measure, config, model, moe, random_weights, roo
 from ic_jax.bench_measure import DENSE, Row, Steps
 from ic_jax.config import Config
 from ic_jax.engine import Engine
+from ic_jax.errors import UserError
 from ic_jax.pattern import Pattern
 
 TINY = dict(
@@ -85,6 +86,12 @@ def test_limits_take_the_slower_of_compute_and_memory():
 )  # fmt: skip
 def test_chips_are_found_by_what_jax_calls_them(kind, chip):
     assert roofline.chip_of(kind) == chip
+
+
+def test_limits_of_several_devices():
+    assert roofline.limits("v6e", 4).bf16 == 4 * 918 and roofline.limits("v7x").memory == 96
+    with pytest.raises(UserError, match="no chip is called 'a100'"):
+        roofline.limits("a100")
 
 
 # Random weights

@@ -233,7 +233,7 @@ def test_closed_streams_are_empty(closed, expected):
 # Help and the list of commands
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "info"])
+@pytest.mark.parametrize("name", ["generate", "chat", "info", "bench"])
 def test_help_is_quick_and_silent(name):
     code = (
         f"import sys\nfrom ic_jax import {name}\n"

@@ -279,3 +279,59 @@ def test_forced_implementation_says_why_it_cannot_run():
     with pytest.raises(ValueError, match="implementation must be one of"):
         pallas_kernels.sparse_mla(q, pool, 0, rows, scale=1.0, implementation="cuda")
     assert dispatch.reason_against("dense_mla", "gpu").startswith("no gpu kernel")
+
+
+@pytest.mark.parametrize(("last", "scored"), [(30, False), (63, False), (64, True)])
+def test_nothing_is_scored_while_every_query_sees_at_most_k(last, scored, monkeypatch):
+    """The last query sees ``last`` + 1 tokens, k is 64; a callback counts the tiles that are scored as the program runs."""
+    tiles, scores = [], reference.index_scores
+
+    def counted(*args):
+        jax.debug.callback(lambda: tiles.append(1))
+        return scores(*args)
+
+    monkeypatch.setattr(reference, "index_scores", counted)
+    rng = np.random.default_rng(7)
+    pool, table = _pool(rng, [200], lambda b, n: rng.standard_normal((n, J)), J, jnp.float32)
+    positions = np.array([[last - 2, last - 1, last, -1]], np.int32)
+    run = jax.jit(functools.partial(reference.index_topk, k=64, page_size=PAGE))
+    q, w = rng.standard_normal((1, 4, 2, J)).astype(np.float32), np.ones((1, 4, 2), np.float32)
+    _, count = run(q, w, (pool, None), 1, table, positions, np.array([last + 1], np.int32))
+    jax.effects_barrier()
+    assert bool(tiles) == scored
+    assert count.tolist() == [[min(last - 1, 64), min(last, 64), min(last + 1, 64), 0]]
+
+
+def test_hopper_scoring_skips_blocks_that_see_at_most_k_keys(monkeypatch):
+    """What the kernel is told: no keys for a block of queries that all see at most k, as index_topk_gpu passes it."""
+    from pallas_kernels import index_scores_gpu, index_topk_gpu
+
+    limits = []
+
+    def kernel(body, out_type, **kwargs):
+        def run(*operands):
+            limits.append(np.asarray(operands[-1]))
+            return jnp.zeros(out_type.shape, out_type.dtype)
+
+        return run
+
+    def topk(scores_RT, limit_R, *, k):
+        return jnp.zeros((len(limit_R), k), jnp.int32), limit_R
+
+    monkeypatch.setattr(index_scores_gpu.plgpu, "kernel", kernel)
+    monkeypatch.setattr(index_topk_gpu, "topk", topk)
+    k, S = 64, 128
+    block = index_scores_gpu.plan(S, 32, 2 * PAGE, PAGE, 2, 1).queries
+    assert S % block == 0
+    q, w = jnp.zeros((1, S, 32, J), jnp.bfloat16), jnp.zeros((1, S, 32))
+    pool = jnp.zeros((1, 2 * PAGE, J), jnp.bfloat16), None
+    with jax.disable_jit():
+        for start in (0, 10):
+            positions = start + np.arange(S, dtype=np.int32)[None]
+            index_topk_gpu.index_topk(
+                q, w, pool, 0, np.arange(2, dtype=np.int32)[None], positions, np.array([S + start]), k=k, page_size=PAGE
+            )
+    for start, limit in zip((0, 10), limits, strict=True):
+        seen = start + np.arange(block, S + 1, block)  # by the last query of each block
+        np.testing.assert_array_equal(limit, np.where(seen <= k, 0, seen))
+        assert (limit == 0).any() and (limit > 0).any()
