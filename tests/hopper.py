@@ -94,7 +94,8 @@ def configurations():
             scales = spec((12, pages * 256), f32) if dtype != "bfloat16" else None
             args = (spec((1, S, 32, 128), dtype), spec((1, S, 32), f32), (keys, scales), layer, spec((1, pages), i32),
                     spec((1, S), i32), spec((1,), i32))  # fmt: skip
-            yield f"index_topk {name} {dtype}", functools.partial(index_topk_gpu.index_topk, k=2048, page_size=256), args
+            f = functools.partial(index_topk_gpu.index_topk, k=2048, page_size=256, return_scores=name == "decode")
+            yield f"index_topk {name} {dtype}", f, args
 
 
 def compile_all():
