@@ -248,6 +248,10 @@ def check_end(name, batch, queries, capacity, heads, dtype, k=2048, scaled=None,
         name + ": selection of own scores",
         np.array_equal(flat[some], want) and np.array_equal(np.asarray(count).reshape(-1)[some], want_count),
     )
+    again, _, scores = jax.jit(functools.partial(index_topk_gpu.index_topk, k=k, page_size=PAGE, return_scores=True))(*args)
+    at, scores = np.maximum(flat[some], 0), np.asarray(scores).reshape(-1, k)[some]
+    same = np.where(flat[some] < 0, True, scores == np.take_along_axis(own[some], at, 1)).all()
+    check(name + ": scores returned are those it selected by", same and bool((again == got).all()))
     ref, bound = (np.asarray(x).reshape(-1, capacity) for x in scores_ref(*args, page_size=PAGE))
     want, _ = selection(ref[some], limit[some], k)
     differ, outside = 0, 0

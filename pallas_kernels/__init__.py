@@ -40,8 +40,10 @@ def index_topk(
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V3.2 report, section 2.1.
     """
-    args = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B)
-    positions_BSK, count_BS = dispatch.call("index_topk", implementation, *args, k=k, page_size=page_size)
+    args, how = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B), dict(k=k, page_size=page_size)
+    if return_scores and dispatch.choose("index_topk", implementation, *args, **how) == "gpu":
+        return dispatch.call("index_topk", "gpu", *args, **how, return_scores=True)  # those it has selected by
+    positions_BSK, count_BS = dispatch.call("index_topk", implementation, *args, **how)
     if not return_scores:
         return positions_BSK, count_BS
     scores_BSK = scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size)

@@ -10,6 +10,7 @@ from jax import lax
 
 from . import index_scores_gpu, topk_gpu
 from .index_scores_gpu import index_scores
+from .reference import canonical
 from .topk_gpu import topk
 
 __all__ = ["index_scores", "index_topk", "supported", "topk"]
@@ -17,7 +18,9 @@ WORKSPACE_BYTES = 512 * 2**20
 UNROLLED_CHUNKS = 8
 
 
-def supported(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size):
+def supported(
+    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, return_scores=False
+):
     """None when index_topk can run these arguments on a Hopper GPU, else the reason why not."""
     keys, scales = index_pool
     heads, dim = q_BSIJ.shape[-2:]
@@ -45,13 +48,16 @@ def _rows_per_chunk(batch, queries, capacity, step):
     return -(-queries // (chunks * step)) * step if chunks > 1 else queries
 
 
-def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size):
+def index_topk(
+    q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k, page_size, return_scores=False
+):
     """Positions of the k best keys of each query, ascending, -1 padded, and their number: positions_BSK, count_BS.
 
     q [B,S,I,128] bf16 or float8_e4m3fn; w [B,S,I] float32, all scale factors folded in; index_pool (keys [G,rows,128],
     scales None or float32 [G,rows]); slot: traced int32 scalar; page_table [B,P]; positions [B,S], -1 for padding;
     lengths [B]. Order: (score descending, position ascending) in float32, NaN as -inf. A query with position < k takes
-    every position. Raises NotImplementedError with the reason of `supported`.
+    every position. return_scores adds their float32 scores [B,S,k], undefined where there is none; no query is then spared
+    the scoring. Raises NotImplementedError with the reason of `supported`.
     """
     reason = supported(
         q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, k=k, page_size=page_size
@@ -69,25 +75,36 @@ def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, len
             q, w, pages, positions, lengths = (
                 x[b : b + together] for x in (q_BSIJ, w_BSI, page_table_BP, positions_BS, lengths_B)
             )
-            parts.append(index_topk(q, w, index_pool, slot, pages, positions, lengths, k=k, page_size=page_size))
+            how = dict(k=k, page_size=page_size, return_scores=return_scores)
+            parts.append(index_topk(q, w, index_pool, slot, pages, positions, lengths, **how))
         return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
     rows = _rows_per_chunk(batch, queries, capacity, step)
 
+    def limits(positions):
+        return jnp.clip(jnp.minimum(positions + 1, lengths_B[:, None]), 0, capacity).astype(jnp.int32)
+
+    def everything(positions):
+        every, limit = jnp.arange(k, dtype=jnp.int32), limits(positions)
+        return jnp.where(every < limit[..., None], every, -1), limit
+
     @jax.jit  # traced once for all chunks
     def chunk(q, w, positions):
+        unseen = 0 if return_scores else k  # queries that see no more are not scored
+        where = (index_pool, slot, page_table_BP, positions, lengths_B)
         with jax.named_scope("scores"):
-            scores = index_scores(
-                q, w, index_pool, slot, page_table_BP, positions, lengths_B, page_size=page_size, min_limit=k
-            )
-        limit = jnp.clip(jnp.minimum(positions + 1, lengths_B[:, None]), 0, capacity)
-        with jax.named_scope("select"):
-            selected, count = topk(scores.reshape(-1, capacity), limit.reshape(-1), k=k)
-        return selected.reshape(*positions.shape, k), count.reshape(positions.shape)
+            scores = index_scores(q, w, *where, page_size=page_size, min_limit=unseen)
+        if capacity <= k:
+            selected, count = everything(positions)
+        else:
+            with jax.named_scope("select"):
+                found = topk(scores.reshape(-1, capacity), limits(positions).reshape(-1), k=k)
+            selected, count = (x.reshape(*positions.shape, *x.shape[1:]) for x in found)
+        if not return_scores:
+            return selected, count
+        return selected, count, canonical(jnp.take_along_axis(scores, jnp.maximum(selected, 0), -1, mode="clip"))
 
-    if capacity <= k:
-        limit = jnp.clip(jnp.minimum(positions_BS + 1, lengths_B[:, None]), 0, capacity)
-        every = jnp.arange(k, dtype=jnp.int32)
-        return jnp.where(every < limit[..., None], every, -1), limit.astype(jnp.int32)
+    if capacity <= k and not return_scores:
+        return everything(positions_BS)
     with jax.named_scope("index_topk"):
         chunks = -(-queries // rows)
         pad = chunks * rows - queries
@@ -95,11 +112,9 @@ def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, len
         positions = jnp.pad(positions_BS, ((0, 0), (0, pad)), constant_values=-1) if pad else positions_BS
         if chunks <= UNROLLED_CHUNKS:
             parts = [chunk(*(x[:, i * rows : (i + 1) * rows] for x in (q, w, positions))) for i in range(chunks)]
-            selected, count = (jnp.concatenate(x, axis=1) if chunks > 1 else x[0] for x in zip(*parts, strict=True))
+            found = [jnp.concatenate(x, axis=1) if chunks > 1 else x[0] for x in zip(*parts, strict=True)]
         else:
             split = [jnp.moveaxis(x.reshape(batch, chunks, rows, *x.shape[2:]), 1, 0) for x in (q, w, positions)]
-            selected, count = lax.map(lambda x: chunk(*x), split)
-            selected, count = (
-                jnp.moveaxis(x, 0, 1).reshape(batch, chunks * rows, *x.shape[3:]) for x in (selected, count)
-            )
-    return selected[:, :queries], count[:, :queries]
+            found = lax.map(lambda x: chunk(*x), split)
+            found = [jnp.moveaxis(x, 0, 1).reshape(batch, chunks * rows, *x.shape[3:]) for x in found]
+    return tuple(x[:, :queries] for x in found)

@@ -58,6 +58,18 @@ def configurations():
     args = (spec((2, 4096, 20, 576)), pool, layer, spec((2, 4096, 2048), i32), spec((2, 128), i32))
     yield "sparse_mla grouped or not", grouped, args
 
+    from ic_jax import cache as caches
+    from ic_jax import config, model
+
+    c = config.preset("glm-4.7-flash-dsa").replace(
+        num_hidden_layers=3, mlp_layer_types=("dense", "sparse", "sparse"), vocab_size=1024, n_routed_experts=8,
+        moe_intermediate_size=256, intermediate_size=512,
+    )  # fmt: skip
+    cache = jax.eval_shape(lambda: caches.allocate(c, 2, 1, 4096))
+    tokens = spec((1, 512), i32)
+    args = (model.abstract_params(c, 2)[0], spec((3,), i32), tokens, tokens, cache)
+    f = lambda params, slots, *a: model.forward(params, c, slots, *a, implementation="gpu").logits
+    yield "model, pattern as data", f, args
     for g in (3, 6, 16):
         f = functools.partial(row_groups_gpu.bitmap_groups, g=g, page_size=256)
         yield f"groups of {g} by bitmaps", f, (spec((2, 4096, 2048), i32), spec((2, 784), i32))
@@ -82,7 +94,8 @@ def configurations():
             scales = spec((12, pages * 256), f32) if dtype != "bfloat16" else None
             args = (spec((1, S, 32, 128), dtype), spec((1, S, 32), f32), (keys, scales), layer, spec((1, pages), i32),
                     spec((1, S), i32), spec((1,), i32))  # fmt: skip
-            yield f"index_topk {name} {dtype}", functools.partial(index_topk_gpu.index_topk, k=2048, page_size=256), args
+            f = functools.partial(index_topk_gpu.index_topk, k=2048, page_size=256, return_scores=name == "decode")
+            yield f"index_topk {name} {dtype}", f, args
 
 
 def compile_all():
@@ -92,6 +105,9 @@ def compile_all():
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+    from pallas_kernels import dispatch
+
+    dispatch.target = lambda: dispatch.CHIPS["h200"]  # this process runs on a CPU
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
