@@ -144,7 +144,8 @@ class Engine:
         if kind == "sample":
             return jax.jit(sample).lower(*args).compile()
         step = {"prefill": prefill, "decode": decode}[kind]
-        return jax.jit(step, donate_argnums=3, **self._placed(kind, args)).lower(self.params, *args).compile()
+        lowered = jax.jit(step, donate_argnums=3, **self._placed(kind, args)).lower(self.params, *args)
+        return lowered.compile(compiler_options=dispatch.compiler_options())
 
     def _placed(self, kind, args) -> dict:
         """Shardings of a step's arguments and results: what the host gives and takes is on every device."""

@@ -1,5 +1,7 @@
 """Sparse MLA forward on a TPU TensorCore: attention of each query over latent rows fetched one DMA a row.
 
+Prefill takes ``sparse_mla_sweep_tpu`` instead where that is cheaper, decided on the device.
+
 A grid step is one query. Its list of rows lies in SMEM; chunks of rows are fetched into two VMEM buffers in turn, so that
 the scalar unit issues the next chunk's DMAs while the matrix unit works on this one. Online softmax in float32.
 
@@ -19,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import dispatch, reference
+from . import sparse_mla_sweep_tpu as sweep_tpu
 
 LANES = 128
 CHUNK = 512  # rows a buffer holds
@@ -109,19 +112,35 @@ def _kernel(chunks_ref, fetch_ref, rows_ref, q_ref, pool_ref, o_ref, lse_ref, bu
     lse_ref[...] = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
 
 
+def _lines(pool):
+    """The pool as kernels take it: [lines, 2, 128] bf16, a view. The interpreter, which cannot bitcast it, takes words."""
+    lines = pool.reshape(-1, *pool.shape[3:])
+    return lax.bitcast_convert_type(lines.swapaxes(1, 2), jnp.int32)[:, None] if dispatch.interpreting() else lines
+
+
 def _forward(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
+    rows_BSK = rows_BSK.astype(jnp.int32)
+    gather = lambda: _gather(q_BSHU, pool, layer, rows_BSK, scale, value_dim)
+    if sweep_tpu.supported(q_BSHU, pool):
+        return gather()
+    sweep = lambda: sweep_tpu.sweep(
+        q_BSHU, _lines(pool), layer, rows_BSK, scale, value_dim, pool_rows=pool.shape[1], lines_of_row=pool.shape[2],
+        columns=_columns,
+    )  # fmt: skip
+    return lax.cond(sweep_tpu.cheaper(rows_BSK, q_BSHU.shape[2], pool.shape[1]), sweep, gather)
+
+
+def _gather(q_BSHU, pool, layer, rows_BSK, scale, value_dim):
     (B, S, H, U), K = q_BSHU.shape, rows_BSK.shape[-1]
     N, M, tiles = B * S, pool.shape[1], pool.shape[2]
     chunk = CHUNK if K > CHUNK else -(-K // UNROLL) * UNROLL
-    rows_NK = jnp.pad(rows_BSK.reshape(N, K).astype(jnp.int32), ((0, 0), (0, -K % chunk)), constant_values=-1)
+    rows_NK = jnp.pad(rows_BSK.reshape(N, K), ((0, 0), (0, -K % chunk)), constant_values=-1)
     slots = rows_NK.shape[1]
     at_K = jnp.arange(slots, dtype=jnp.int32)
     # Chunks after a query's last row are not fetched. Holes fetch some distinct row, which the mask then leaves out.
     chunks_N = (jnp.where(rows_NK >= 0, at_K + 1, 0).max(1) + chunk - 1) // chunk
     lines_NK = (layer * M + jnp.where(rows_NK >= 0, rows_NK, at_K % M)) * tiles
-    lines = pool.reshape(-1, *pool.shape[3:])
-    if dispatch.interpreting():  # the interpreter has no bitcast view of a reference: it is given words
-        lines = lax.bitcast_convert_type(lines.swapaxes(1, 2), jnp.int32)[:, None]
+    lines = _lines(pool)
     width = -(-U // LANES) * LANES
     q_NHU = jnp.pad(q_BSHU.reshape(N, H, U), ((0, 0), (0, 0), (0, width - U)))
     block = lambda *shape: pl.BlockSpec((None, *shape), lambda n, *_: (n, 0, 0))

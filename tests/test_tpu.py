@@ -161,6 +161,57 @@ def test_sparse_mla_over_several_chunks_merges_and_ignores_order(monkeypatch):
     np.testing.assert_allclose(merged, o[0, 0], atol=2e-2)
 
 
+@pytest.mark.parametrize(("H", "M"), [(3, 8192 + PAGE), (40, 4096)])
+def test_sweep_equals_gather(H, M):
+    """Ragged groups of two sequences: holes, an empty query, tiles of 256 and of 2,048 rows, a mask over three words."""
+    rng = np.random.default_rng(9)
+    B, many, K = 2, 19, 100
+    pool = jnp.asarray(rng.standard_normal((2, M, U)) * 0.5, bf16)
+    q = jnp.asarray(rng.standard_normal((B, many, H, U)) * 0.5, bf16)
+    rows = rng.permuted(np.tile(np.arange(M), (B, many, 1)), axis=-1)[..., :K].astype(np.int32)
+    rows[0, 0, ::3] = -1
+    rows[1, 2] = -1
+    rows[1, 8:] = np.sort(rows[1, 8:] % 300 + 3000, -1)  # a group that touches few tiles
+    rows[1, 8:, 1:][rows[1, 8:, 1:] == rows[1, 8:, :-1]] = -1  # a selection has no row twice
+    with interpreted():
+        lines, swept = sparse_mla_tpu._lines(packed(pool)), sparse_mla_tpu.sweep_tpu
+        o, lse = jax.block_until_ready(
+            swept.sweep(q, lines, jnp.int32(1), jnp.asarray(rows), 0.05, C, pool_rows=M, lines_of_row=3,
+                        columns=sparse_mla_tpu._columns)
+        )  # fmt: skip
+    want, want_lse = reference.sparse_mla(q, pool, 1, rows, scale=0.05, value_dim=C)
+    assert o.dtype == q.dtype
+    np.testing.assert_allclose(np.asarray(o, np.float32), np.asarray(want, np.float32), atol=5e-3)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-3)
+    assert (np.asarray(lse[1, 2]) == -np.inf).all() and (np.asarray(o[1, 2], np.float32) == 0).all()
+
+
+def test_masks_of_a_sweep_are_the_selected_rows():
+    rng = np.random.default_rng(10)
+    M, K = 9000, 300
+    rows = rng.permuted(np.tile(np.arange(M), (16, 1)), axis=-1)[:, :K].astype(np.int32)
+    rows[3, 50:] = -1
+    with interpreted():
+        bits = np.asarray(sparse_mla_tpu.sweep_tpu.row_bits(jnp.asarray(rows), M))
+    found = (bits[..., None, :] >> np.arange(32)[:, None]) & 1  # [eights, words, 8, bit, lane]
+    found = found.transpose(0, 2, 1, 3, 4).reshape(16, -1)
+    for query in range(16):
+        np.testing.assert_array_equal(np.flatnonzero(found[query]), np.sort(rows[query][rows[query] >= 0]))
+
+
+def test_the_cheaper_way_is_taken(monkeypatch):
+    """Short spans are swept, long ones gathered, by the figures of each generation; few queries are always gathered."""
+    cheaper = sparse_mla_tpu.sweep_tpu.cheaper
+    near = np.tile(np.arange(2048, dtype=np.int32), (1, 32, 1))
+    far = near * 97  # 2,048 of 198,656 rows
+    for chip, middle in (("v6e", 30), ("v5e", 10)):
+        monkeypatch.setattr(dispatch, "target", lambda chip=chip: dispatch.Target("tpu", chip))
+        assert cheaper(near, 20, 200_704) and cheaper(near * middle, 20, 200_704) and not cheaper(far, 20, 200_704)
+    assert not cheaper(near * 30, 20, 200_704)  # v5e: its matrix units need longer for the span
+    assert sparse_mla_tpu.sweep_tpu.supported(S((1, 7, 20, U), bf16), S((2, 512, 3, 2, 128), bf16))
+    assert "multiple of 256" in sparse_mla_tpu.sweep_tpu.supported(S((1, 8, 20, U), bf16), S((2, 300, 3, 2, 128), bf16))
+
+
 def test_rows_pack_and_unpack():
     latent = jnp.arange(6 * U, dtype=jnp.float32).reshape(2, 3, U)
     assert latent_row_shape(U, bf16) == latent_row_shape(U, bf16, "reference") == (U,)
@@ -228,7 +279,7 @@ def _no_copy_of(compiled, shape, dtype):
     sizes = {int(np.prod(shape)), int(np.prod(shape[1:]))}
     for line in compiled.as_text().splitlines():
         made = line.split(" = ")[-1].strip()
-        if not made.startswith(name + "[") or any(f" {op}(" in line for op in ("parameter", "bitcast")):
+        if not made.startswith(name + "[") or any(f" {op}(" in line for op in ("parameter", "bitcast", "get-tuple-element")):
             continue
         dims = [int(d) for d in made[len(name) + 1 : made.index("]")].split(",") if d]
         assert int(np.prod(dims)) not in sizes, line.strip()[:200]
@@ -295,6 +346,17 @@ def test_shipped_index_topk_compiles(chip, B, many, heads, dtype):
     shapes = _index_shapes(B, many, heads, 784 * PAGE, dtype, 12)
     f = functools.partial(index_topk_tpu.index_topk, k=2048, page_size=PAGE)
     _no_copy_of(_compile(chip, f, *shapes), shapes[2][0].shape, dtype)
+
+
+@needs_libtpu
+@chips
+def test_sweep_compiles(chip):
+    pool = (7, 4096, *sparse_mla_tpu.row_shape(U))
+    f = functools.partial(sparse_mla_tpu.sparse_mla, scale=0.05, value_dim=C)
+    shapes = (S((1, 16, 20, U), bf16), S(pool, bf16), S((), jnp.int32), S((1, 16, 256), jnp.int32))
+    compiled = _compile(chip, f, *shapes)
+    _no_copy_of(compiled, pool, bf16)
+    assert "sparse_mla_sweep" in compiled.as_text()
 
 
 @pytest.mark.slow
