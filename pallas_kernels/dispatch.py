@@ -59,7 +59,8 @@ def target() -> Target:
         device = abstract  # compiled ahead of time
     kind = device.device_kind
     platform = "gpu" if device.platform == "cuda" else device.platform
-    return Target(platform, _TPUS.get(kind, kind) if platform == "tpu" else getattr(device, "compute_capability", _GPUS.get(kind, kind)))
+    chip = _TPUS.get(kind) if platform == "tpu" else getattr(device, "compute_capability", _GPUS.get(kind))
+    return Target(platform, chip or kind)
 
 
 def compiler_options() -> dict[str, str] | None:
