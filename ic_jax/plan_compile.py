@@ -50,6 +50,8 @@ def programs(config, pattern, sizes: dict[str, int], chip: str, layout) -> dict[
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, PartitionSpec, use_abstract_mesh
 
+    from pallas_kernels import dispatch
+
     from . import cache, model, sharding
     from .parallel import Parallel, cache_specs
 
@@ -80,7 +82,8 @@ def programs(config, pattern, sizes: dict[str, int], chip: str, layout) -> dict[
                 mesh, config, np.array(slots, np.int32), axes, queries=queries, dense=pattern is None, implementation="auto"
             )
             start = time.perf_counter()
-            compiled = jax.jit(run, donate_argnums=3).trace(weights, ids, ids, caches).lower().compile()
+            lowered = jax.jit(run, donate_argnums=3).trace(weights, ids, ids, caches).lower()
+            compiled = lowered.compile(compiler_options=dispatch.compiler_options())
             memory = compiled.memory_analysis()
             out[step] = dict(
                 seconds=time.perf_counter() - start,
