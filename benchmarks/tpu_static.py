@@ -105,7 +105,7 @@ def sparse_mla(many, heads):
     issue = kernel.CHUNK // kernel.UNROLL
     row = kernel.row_shape(U)
     return dict(
-        name="sparse_mla", f=lambda q, p, l, r: kernel.sparse_mla(q, p, l, r, scale=0.05, value_dim=C),
+        name="sparse_mla", f=lambda q, p, l, r: kernel._gather(q, p, l, r, 0.05, C),
         shapes=(
             S((1, many, heads, U), jnp.bfloat16), S((47, T, *row), jnp.bfloat16), S((), jnp.int32),
             S((1, many, K), jnp.int32),
@@ -114,6 +114,47 @@ def sparse_mla(many, heads):
         trips={"grid": many, "first issue": many * issue, "step": many * chunks, "issue": many * (chunks - 1) * issue},
         flops=2 * many * K * heads * (640 + 512), bytes=many * (K * row[0] * 512 + K * 8 + heads * (640 + 512) * 2),
         hot="issue", note=f"chunks of {kernel.CHUNK} rows", per_row=(many * K, kernel.UNROLL),
+    )  # fmt: skip
+
+
+def sweep(heads, span, many=256):
+    """The sweep of sparse_mla: ``many`` queries over 2,048 rows each, within ``span`` rows of the pool."""
+    import jax.numpy as jnp
+    from jax import ShapeDtypeStruct as S
+
+    from pallas_kernels import sparse_mla_sweep_tpu as swept
+    from pallas_kernels import sparse_mla_tpu as kernel
+
+    row, tile, e = kernel.row_shape(U), swept.tile_for(span), swept.eights(heads, many)
+    groups = many // (8 * e)
+
+    def f(q, pool, layer, rows):
+        extent = dict(pool_rows=span, lines_of_row=row[0], columns=kernel._columns)
+        return swept.sweep(q, kernel._lines(pool), layer, rows, 0.05, C, **extent)
+
+    return dict(
+        name="sparse_mla_sweep", f=f, loops=["grid", "step"], trips={"grid": groups, "step": groups * span // tile},
+        shapes=(
+            S((1, many, heads, U), jnp.bfloat16), S((47, span, *row), jnp.bfloat16), S((), jnp.int32),
+            S((1, many, K), jnp.int32),
+        ),
+        flops=2 * many * span * heads * (640 + 512), hot="step", note=f"{8 * e} queries x {tile} rows a step",
+        bytes=groups * span * row[0] * 512 + many * (span / 8 + heads * (640 + 512) * 2), per_query=many,
+    )  # fmt: skip
+
+
+def row_bits(many=256, pool_rows=65_536):
+    """The masks of a sweep, from the rows of ``many`` queries."""
+    import jax.numpy as jnp
+    from jax import ShapeDtypeStruct as S
+
+    from pallas_kernels import sparse_mla_sweep_tpu as swept
+
+    words = -(-pool_rows // (swept.WORD * 8)) * 8
+    return dict(
+        name="row_bits", f=lambda r: swept.row_bits(r, pool_rows), shapes=(S((many, K), jnp.int32),), loops=["grid"],
+        trips={"grid": many // 8}, flops=2 * many * 4 * words * K * 128, bytes=many * (K * 4 + pool_rows / 8), hot="grid",
+        note="8 queries a step", per_query=many,
     )  # fmt: skip
 
 
@@ -214,6 +255,10 @@ WORKS = {
     "sparse_mla 64 queries, 20 heads": lambda: sparse_mla(64, 20),
     "sparse_mla 64 queries, 64 heads": lambda: sparse_mla(64, 64),
     "sparse_mla 64 queries, 128 heads": lambda: sparse_mla(64, 128),
+    "sweep of 65,536 rows, 256 queries, 20 heads": lambda: sweep(20, 65_536),
+    "sweep of 65,536 rows, 256 queries, 64 heads": lambda: sweep(64, 65_536),
+    "sweep of 65,536 rows, 256 queries, 128 heads": lambda: sweep(128, 65_536),
+    "masks of a sweep of 65,536 rows, 256 queries": lambda: row_bits(),
     "tokamax lightning_indexer 256 queries, 64 heads, fp8": lambda: tokamax("indexer"),
     "tokamax sparsecore_topk 64 rows": lambda: tokamax("topk"),
 }
@@ -337,6 +382,8 @@ def table(results):
             if r.get("per_row"):
                 rows, unroll = r["per_row"]
                 note += f"; {r['hot_bundles'] / unroll:.1f} bundles a row to issue, {r['total'] / rows:.1f} in all"
+            if r.get("per_query"):
+                note += f"; {r['total'] / r['per_query']:,.0f} bundles a query"
             yield (
                 f"{head}{r['hot']} | {r['hot_bundles']} | {percent(r['share'])} | {r['total']:,} | {us} | "
                 f"{r['bytes'] / 1e6:,.1f} | {max(r['us'].values()):,.1f} | {r['bound']} | {note} |"

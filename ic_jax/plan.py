@@ -16,7 +16,6 @@ from .errors import UserError
 
 # One direction of a device's links, TB/s: NVIDIA's data sheets (NVLink, half of 0.9) and cloud.google.com/tpu/docs.
 LINKS = {"h100": 0.45, "h200": 0.45, "v5e": 0.2, "v5p": 0.6, "v6e": 0.4, "v7x": 0.6}
-DEVICES_PER_CHIP = {"v7x": 2}  # a JAX device is half of such a chip
 
 
 class Layout:
@@ -157,13 +156,7 @@ def least_mesh(config, pattern, chip: str, limit: int, **options) -> dict[str, i
 
 def capacity(chip: str) -> float:
     """Bytes of memory of one JAX device."""
-    return roofline.chip(chip).memory * 1e9 / DEVICES_PER_CHIP.get(chip, 1)
-
-
-def describe(chip: str) -> roofline.Chip:
-    """The rates and memory of one JAX device of a chip."""
-    whole, share = roofline.chip(chip), DEVICES_PER_CHIP.get(chip, 1)
-    return roofline.Chip(*(v / share for v in whole))
+    return roofline.limits(chip).memory * 1e9
 
 
 def written(sizes: dict[str, int]) -> str:
@@ -213,7 +206,7 @@ def _body(args) -> None:
 def _times(step, chip: str, layout: Layout) -> dict:
     """Least seconds of a step's work, of its exchange, and the number of exchanges, at the data sheets' rates."""
     parts, received, count = step
-    device = describe(chip)
+    device = roofline.limits(chip)
     each = {name: roofline.seconds({name: part}, device) for name, part in parts.items()}
     link = received / (LINKS[chip] * 1e12)
     largest = max(each, key=each.get)
