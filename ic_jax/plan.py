@@ -14,8 +14,8 @@ from pathlib import Path
 from . import cli, roofline
 from .errors import UserError
 
-# One direction of a device's links, TB/s: NVIDIA's data sheets (NVLink, half of 0.9) and cloud.google.com/tpu/docs.
-LINKS = {"h100": 0.45, "h200": 0.45, "v5e": 0.2, "v5p": 0.6, "v6e": 0.4, "v7x": 0.6}
+# One direction of the links of a JAX device, TB/s: NVIDIA's data sheets (NVLink, half of 0.9), cloud.google.com/tpu/docs
+LINKS = {"h100": 0.45, "h200": 0.45, "v5e": 0.2, "v5p": 0.6, "v6e": 0.4, "v7x": 0.3}
 
 
 class Layout:
