@@ -61,7 +61,7 @@ def load(args, config, loaded, console):
     """(Engine, model name): the checkpoint, or a preset's shapes with random weights, with the indexers of ``loaded``."""
     options = dict(
         dtype=args.dtype, index_dtype=args.index_dtype, implementation=args.implementation,
-        max_context=args.max_context, prefill_chunk=args.prefill_chunk,
+        max_context=args.max_context, prefill_chunk=args.prefill_chunk, mesh=args.mesh,
     )  # fmt: skip
     if args.preset:
         from . import random_weights
@@ -73,7 +73,7 @@ def load(args, config, loaded, console):
     # Without an indexer there is no pattern to load; a dense run needs none.
     with console.progress("loading", bytes_=True) as progress:
         pattern = None if loaded is None else str(loaded)
-        lm = ic_jax.load(args.model, pattern=pattern, dense=loaded is None, mesh=args.mesh, progress=progress, **options)
+        lm = ic_jax.load(args.model, pattern=pattern, dense=loaded is None, progress=progress, **options)
     return lm.engine, lm.name
 
 
@@ -102,10 +102,10 @@ def labels_of(patterns: list) -> dict[str, str]:
 
 def _body(args) -> None:
     from . import config as configs
-    from . import pattern_file
+    from . import pattern_file, sharding
 
-    if args.preset and (args.model or args.mesh):
-        raise UserError(f"--preset makes random weights on one device; leave --{'model' if args.model else 'mesh'} out")
+    if args.preset and args.model:
+        raise UserError("--preset makes random weights; leave --model out")
     if args.neighbours and not args.preset:
         raise UserError("--neighbours shapes random weights; give --preset too")
     config = configs.preset(args.preset) if args.preset else configs.Config.load(cli.model_directory(args))
@@ -113,6 +113,10 @@ def _body(args) -> None:
     patterns = patterns_of(args, config, name)
     check_lengths(args, config)
 
+    data = sharding.parse_mesh(args.mesh).get("data", 1) if args.mesh else 1
+    if args.batch % data:
+        raise UserError(f"--mesh data={data} does not divide --batch {args.batch}")
+    cli.start(args)
     import jax
 
     from . import bench_measure, info, roofline

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from . import model, roofline
+from . import model, roofline, sharding
 from .eval_measures import overlap_counts
+from .parallel import cache_specs
 from .pattern import Pattern
 
 DENSE = "dense"  # in place of a Pattern: attend to every token
@@ -111,10 +113,12 @@ class Steps:
         key, slots_L = (kind, static, self.cache.capacity, *(a.shape for a in args)), self.slots(pattern)
         if key not in self.programs:
             options = self.engine.options | dict(dense=pattern == DENSE)
+            options |= dict(queries=1 if kind == "decode" else args[0].shape[1])
 
             def forward(params, slots_L, cache, ids_BS, positions_BS, **more):
                 slots = slots_L if static is None else static
-                return model.forward(params, self.config, slots, ids_BS, positions_BS, cache, **options, **more)
+                run = model.over_mesh(self.engine.mesh, self.config, slots, self.engine.axes, **options, **more)
+                return run(params, ids_BS, positions_BS, cache)
 
             def prefill(*args):
                 out = forward(*args)
@@ -129,11 +133,20 @@ class Steps:
                 return out.selections_LBSK, out.cache
 
             began = time.perf_counter()
-            step = jax.jit(dict(prefill=prefill, decode=decode, select=select)[kind], donate_argnums=2)
+            step = dict(prefill=prefill, decode=decode, select=select)[kind]
+            step = jax.jit(step, donate_argnums=2, **self._placed(results=2 if kind == "decode" else 1))
             self.programs[key] = step.lower(self.engine.params, slots_L, self.cache, *args).compile()
             self.compile_seconds += time.perf_counter() - began
         self.latest[kind, static] = self.programs[key]
         return self.programs[key]
+
+    def _placed(self, results: int) -> dict:
+        """Shardings of a step over a mesh; what the host gives and takes is on every device."""
+        if self.engine.mesh is None:
+            return {}
+        weights, cache, same = sharding.param_specs(self.engine.axes), cache_specs(self.cache), PartitionSpec()
+        specs = dict(in_shardings=(weights, same, cache, same, same), out_shardings=(*(same,) * results, cache))
+        return sharding.shardings(self.engine.mesh, specs)
 
     def _run(self, kind: str, pattern: Pattern | str, *args):
         program = self.compile(kind, pattern, *args)

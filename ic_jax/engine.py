@@ -385,10 +385,15 @@ def load(
     engine = Engine(
         params, config, slots,
         max_context=max_context or config.max_position_embeddings,
-        prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else CHUNK * Parallel(**sizes).parts),
+        prefill_chunk=prefill_chunk or default_chunk(sizes),
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
     return LM(engine, tokenizer, chosen, name)
+
+
+def default_chunk(sizes: dict[str, int]) -> int:
+    """Prompt tokens of one step on a mesh of these axes: as many for each device that has a part of them."""
+    return 512 if jax.default_backend() == "cpu" else CHUNK * Parallel(**sizes).parts
 
 
 def _check_memory(tokens: int, bytes_per_token: int, free: int | None) -> None:

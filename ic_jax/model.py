@@ -28,19 +28,33 @@ from .parallel import ALONE, Parallel, cache_specs
 
 
 class Initializer:
-    """Makes nnx.Params that carry their logical axes: normal (std 0.02), ones or zeros."""
+    """Makes nnx.Params that carry their logical axes: normal (std 0.02), ones or zeros.
 
-    def __init__(self, rngs: nnx.Rngs, dtype):
-        self.rngs, self.dtype = rngs, dtype
+    With a ``mesh``, inside ``jax.shard_map``: this device's part of them, every part drawn by itself.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, dtype, mesh: Mesh | None = None):
+        self.rngs, self.dtype, self.mesh = rngs, dtype, mesh
 
     def normal(self, shape, axes):
-        return nnx.Param(normal_in_blocks(self.rngs.params(), shape, self.dtype, 0.02), logical_axes=axes)
+        key = self.rngs.params()
+        for axis in self._divided(axes):
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        return nnx.Param(normal_in_blocks(key, self._part(shape, axes), self.dtype, 0.02), logical_axes=axes)
 
     def ones(self, shape, axes, dtype=None):
-        return nnx.Param(jnp.ones(shape, dtype or self.dtype), logical_axes=axes)
+        return nnx.Param(jnp.ones(self._part(shape, axes), dtype or self.dtype), logical_axes=axes)
 
     def zeros(self, shape, axes, dtype=None):
-        return nnx.Param(jnp.zeros(shape, dtype or self.dtype), logical_axes=axes)
+        return nnx.Param(jnp.zeros(self._part(shape, axes), dtype or self.dtype), logical_axes=axes)
+
+    def _divided(self, axes):
+        return [sharding.RULES[a] for a in axes if self.mesh is not None and a in sharding.RULES]
+
+    def _part(self, shape, axes):
+        if self.mesh is None:
+            return shape
+        return tuple(n // self.mesh.shape.get(sharding.RULES.get(a), 1) for n, a in zip(shape, axes, strict=True))
 
 
 def normal_in_blocks(key, shape, dtype, std: float, block: int = 1 << 19):
@@ -63,8 +77,8 @@ def normal_in_blocks(key, shape, dtype, std: float, block: int = 1 << 19):
 class Transformer(nnx.Module):
     """Parameters of a DSA transformer, stacked by kind; ``slots`` is the number of indexers held."""
 
-    def __init__(self, c: Config, slots: int, rngs: nnx.Rngs, dtype=jnp.bfloat16):
-        init = Initializer(rngs, dtype)
+    def __init__(self, c: Config, slots: int, rngs: nnx.Rngs, dtype=jnp.bfloat16, mesh: Mesh | None = None):
+        init = Initializer(rngs, dtype, mesh)
         dense = c.mlp_layer_types.count("dense")
         sparse = c.num_hidden_layers - dense
         self.embed_tokens = init.normal((c.vocab_size, c.hidden_size), ("vocab", "embed"))
@@ -88,9 +102,13 @@ def abstract_params(c: Config, slots: int, dtype=jnp.bfloat16) -> tuple[dict, di
     return nnx.to_pure_dict(shapes), nnx.to_pure_dict(axes)
 
 
-def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16) -> dict:
-    """Random parameters, made on the default device in little more memory than they take."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(c, slots, nnx.Rngs(seed), dtype), nnx.Param)))()
+def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16, mesh: Mesh | None = None) -> dict:
+    """Random parameters, made on their devices in little more memory than they take; other numbers on another mesh."""
+    make = lambda: nnx.to_pure_dict(nnx.state(Transformer(c, slots, nnx.Rngs(seed), dtype, mesh), nnx.Param))
+    if mesh is not None:
+        specs = sharding.param_specs(abstract_params(c, slots, dtype)[1])
+        make = jax.shard_map(make, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)
+    return jax.jit(make)()
 
 
 class IndexPlan(NamedTuple):
@@ -169,9 +187,9 @@ def over_mesh(mesh: Mesh | None, c: Config, slots, axes: dict, *, queries: int, 
       options: those of ``forward``.
     """
     parallel = Parallel.of(mesh, queries)
-    run = lambda params, *args: forward(params, c, slots, *args, parallel=parallel, **options)
+    run = lambda slots, params, *args: forward(params, c, slots, *args, parallel=parallel, **options)
     if mesh is None:
-        return run
+        return functools.partial(run, slots)
 
     def divided(params, ids_BS, positions_BS, cache):
         tokens, caches = parallel.tokens_spec(), cache_specs(cache)
@@ -179,8 +197,11 @@ def over_mesh(mesh: Mesh | None, c: Config, slots, axes: dict, *, queries: int, 
         kept = PartitionSpec(None, *tokens) if options.get("keep_selections") else None
         in_specs, out_specs = (sharding.param_specs(axes), tokens, tokens, caches), Output(of_rows, caches, kept)
         # Replication is by construction (sums and gathers); kernels do not tell the checker.
-        call = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return call(params, ids_BS, positions_BS, cache)
+        how = dict(mesh=mesh, out_specs=out_specs, check_vma=False)
+        args = params, ids_BS, positions_BS, cache
+        if isinstance(slots, tuple):
+            return jax.shard_map(functools.partial(run, slots), in_specs=in_specs, **how)(*args)
+        return jax.shard_map(run, in_specs=(PartitionSpec(), *in_specs), **how)(slots, *args)
 
     return divided
 

@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from . import model
+from . import model, sharding
 from .config import Config
-from .engine import Engine, _free_bytes
+from .engine import Engine, _free_bytes, default_chunk
 from .errors import UserError
 from .pattern import Pattern
 
@@ -21,26 +21,30 @@ from .pattern import Pattern
 def engine(
     config: Config, pattern: Pattern | None, *, seed: int = 0, neighbours: float = 0.0, dtype: str = "bfloat16",
     index_dtype: str | None = None, implementation: str = "auto", max_context: int | None = None,
-    prefill_chunk: int | None = None,
+    prefill_chunk: int | None = None, mesh: str | None = None,
 ) -> Engine:  # fmt: skip
     """An Engine with random weights and an indexer for each F of ``pattern`` (None: no indexer, dense attention).
 
     neighbours: see ``alike``; 0 leaves the weights as they are drawn. Raises UserError when they cannot fit in memory.
     """
     slots = pattern.n_full if pattern else 0
-    shapes, _ = model.abstract_params(config, slots, jnp.dtype(dtype))
-    need, free = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)), _free_bytes()
+    sizes = {} if mesh is None else sharding.parse_mesh(mesh)
+    sharding.check_mesh(config, sizes)
+    device_mesh = sharding.make_mesh(sizes) if sizes else None
+    need = sharding.bytes_per_device(*model.abstract_params(config, slots, jnp.dtype(dtype)), sizes)
+    free = _free_bytes()
     if free is not None and need > free:
         raise UserError(f"the weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     # The "rbg" generator is the device's own: twice as quick to compile as the default.
-    params = model.init_params(config, slots, jax.random.key(seed, impl="rbg"), jnp.dtype(dtype))
+    params = model.init_params(config, slots, jax.random.key(seed, impl="rbg"), jnp.dtype(dtype), device_mesh)
     if neighbours:
         params = alike(params, config, neighbours)
     return Engine(
         params, config, pattern.slots(pattern.full_layers) if pattern else (-1,) * config.num_hidden_layers,
         max_context=max_context or config.max_position_embeddings,
-        prefill_chunk=prefill_chunk or (512 if jax.default_backend() == "cpu" else 4096),
+        prefill_chunk=prefill_chunk or default_chunk(sizes),
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=pattern is None, implementation=implementation,
+        mesh=device_mesh,
     )  # fmt: skip
 
 

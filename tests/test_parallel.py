@@ -201,6 +201,35 @@ def test_search_and_eval_run_divided():
         np.testing.assert_allclose(losses(mesh, sequences), losses(None, sequences), rtol=1e-4)
 
 
+def test_random_weights_are_drawn_where_they_lie():
+    """A device makes its own part: parts differ from each other, copies of a part do not, and norms are ones."""
+    made = model.init_params(CONFIG, 2, dtype=jnp.float32, mesh=mesh_of("tensor=2,expert=2,context=2"))
+    assert jax.tree.map(lambda a: a.shape, made) == jax.tree.map(lambda a: a.shape, params())
+
+    def parts(leaf):
+        found = {}
+        for shard in leaf.addressable_shards:
+            found.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+        for copies in found.values():
+            assert all(np.array_equal(c, copies[0]) for c in copies)
+        return [copies[0] for copies in found.values()]
+
+    heads, experts, norms = made["layers"]["q_b_proj"], made["experts"]["gate_proj"], made["layers"]["input_layernorm"]
+    assert [len(parts(a)) for a in (heads, experts, norms)] == [2, 4, 1]
+    assert len({p.tobytes() for a in (heads, experts) for p in parts(a)}) == 6
+    assert (np.asarray(norms) == 1).all() and abs(np.asarray(experts).std() / 0.02 - 1) < 0.05
+
+
+def test_bench_runs_divided(capsys):
+    from ic_jax import bench
+
+    flags = "--mesh tensor=2,context=2 -p 0 -n 4 -d 32 -r 1 --compare all-full uniform:4".split()
+    assert bench.main(["--preset", "demo", *flags, "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["devices"] == 4 and found["weights"] == "random, seed 0"
+    assert [test["tokens"] for test in found["tests"]] == [4, 4] and all(min(test["seconds"]) > 0 for test in found["tests"])
+
+
 def test_meshes_that_do_not_divide():
     for text, message in [
         ("tensor=3", "tensor=3 does not divide 4 attention heads; valid: 1,2,4"),
