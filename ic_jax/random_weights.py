@@ -57,8 +57,8 @@ def alike(params: dict, config: Config, ratio):
     the same input; channel 0 of every embedding is 1, a constant that passes through all layers; and the columns of
     ``q_a_proj`` and ``weights_proj`` that read it are enlarged. Routing sees one channel in ``hidden_size`` of this.
     Scores of neighbours then correlate by about r²/(1 + r²), less what rope turns in a step (0.987 for 64 of 128
-    dimensions at theta 1e6), and selections still drift along the prompt. With 32 heads and top-k 2,048 neighbours share
-    0.86, 0.84 and 0.82 on average over 60K, 120K and 200K tokens at ratio 64, and 0.88 over 10K at ratio 10.
+    dimensions at theta 1e6), and selections still drift along the prompt. Layer 0 of the 30B shape: 89, 87 and 86 % shared
+    over 60K, 120K and 200K tokens at ratio 64, 88 % over 10K at ratio 10 (benchmarks/results/neighbours.md).
     """
     D, L = config.hidden_size, config.num_hidden_layers
     unit, small, gain = 1 / 0.02, (2 * L) ** -0.5, ratio * D**0.5
