@@ -233,7 +233,6 @@ ERRORS = [
     (["--compare", "nosuch.json"], "nosuch.json cannot be read"),
     (["--preset", "nosuch"], "no preset is called 'nosuch'; there are"),
     (["--preset", "demo", "--model", "x"], "leave --model out"),
-    (["--preset", "demo", "--mesh", "tensor=2"], "leave --mesh out"),
     (["--neighbours", "64"], "give --preset too"),
     (["--preset", "demo", "--neighbours", "-1"], "must be a number from 0 to 1e6, not '-1'"),
     (["--preset", "demo", "--neighbours", "nan"], "must be a number from 0 to 1e6, not 'nan'"),
