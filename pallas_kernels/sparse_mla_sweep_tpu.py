@@ -26,7 +26,7 @@ MOST_ROWS = 2**18  # of a pool: the masks of 8 queries take a bit a row, 256 KiB
 LOWEST = -1e30
 # Static schedules (benchmarks/results/tpu_static.md): bundles for a cache row and 8 queries, at 0 heads and for each head;
 # for a selected row, to set its bit, and to fetch and use it.
-SWEEP = {"v5e": (0.1, 0.13), "v5p": (0.1, 0.13), "v6e": (0.1, 0.051), "v7x": (0.1, 0.042), "interpreter": (0.1, 0.051)}
+SWEEP = {"v5e": (0.1, 0.13), "v5p": (0.1, 0.13), "v6e": (0.1, 0.051), "v7x": (0.1, 0.036), "interpreter": (0.1, 0.051)}
 MASK, GATHER, GATHER_HEAD = 0.12, 5.7, 0.008
 _NT = (((1,), (1,)), ((), ()))
 

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from test_ops import C, J, U, _pool, _signed
 
+import pallas_kernels
 from pallas_kernels import (
     dispatch,
     index_topk_tpu,
@@ -210,6 +211,35 @@ def test_the_cheaper_way_is_taken(monkeypatch):
     assert not cheaper(near * 30, 20, 200_704)  # v5e: its matrix units need longer for the span
     assert sparse_mla_tpu.sweep_tpu.supported(S((1, 7, 20, U), bf16), S((2, 512, 3, 2, 128), bf16))
     assert "multiple of 256" in sparse_mla_tpu.sweep_tpu.supported(S((1, 8, 20, U), bf16), S((2, 300, 3, 2, 128), bf16))
+
+
+@pytest.mark.parametrize("n", [3, 70])
+def test_experts_are_read_in_their_stack(n):
+    """grouped_matmul of layer 1 and its gradient against the reference; one expert gets no rows."""
+    rng = np.random.default_rng(11)
+    E, D, F = 4, 128, 256
+    sizes = jnp.asarray(np.bincount(rng.integers(0, E - 1, n), minlength=E), jnp.int32)
+    x, w = (jnp.asarray(rng.standard_normal(shape), bf16) for shape in ((n, D), (2, E, D, F)))
+
+    def run(op):
+        loss = lambda x, w: (op(x, w, 1, sizes).astype(jnp.float32) ** 2).sum()
+        return jax.block_until_ready((op(x, w, 1, sizes), *jax.grad(loss, (0, 1))(x, w)))
+
+    with interpreted():
+        assert dispatch.choose("grouped_matmul", "auto", x, w, 1, sizes) == "tpu"
+        found = run(pallas_kernels.grouped_matmul)
+    for got, want in zip(found, run(reference.grouped_matmul), strict=True):
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
+
+
+def test_grouped_matmul_says_what_it_cannot_run():
+    from pallas_kernels.grouped_matmul_tpu import supported
+
+    sizes = S((4,), jnp.int32)
+    assert supported(S((8, 128), bf16), S((2, 4, 128, 256), bf16), 0, sizes) is None
+    assert "bfloat16 is needed" in supported(S((8, 128), jnp.float32), S((2, 4, 128, 256), bf16), 0, sizes)
+    assert "experts are 96 x 256" in supported(S((8, 96), bf16), S((2, 4, 96, 256), bf16), 0, sizes)
 
 
 def test_rows_pack_and_unpack():
