@@ -1,8 +1,8 @@
 """One body for every implementation of every op, against the float64 oracle; cases of reference/kernels' known traps.
 
 The Hopper kernels gather inside inline_mgpu, which no interpreter runs: on a CPU they are compiled (test_aot.py) and
-skipped here; on a GPU this same file runs them. The TPU kernels run in Pallas's interpreter with race detection, which
-raises at a race between DMAs and accesses; on a TPU they run there.
+skipped here; on a GPU this same file runs them. The TPU kernels run in Pallas's interpreter with race detection; a
+race between DMAs and accesses fails the test; on a TPU they run there.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from interpreted import interpreted
 from jax.test_util import check_grads
 
 import pallas_kernels
@@ -41,7 +41,7 @@ def _interpreter(request):
     """TPU cases on a CPU: in the interpreter, where a race raises."""
     chosen = getattr(request.node, "callspec", None) and request.node.callspec.params.get("implementation")
     if chosen == "tpu" and jax.default_backend() == "cpu":
-        with dispatch.interpreted(pltpu.InterpretParams(detect_races=True)):
+        with interpreted():
             yield
     else:
         yield

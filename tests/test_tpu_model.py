@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from interpreted import interpreted
 from jax.sharding import use_abstract_mesh
 
 import ic_jax
@@ -31,10 +31,6 @@ SMALL = dict(
     index_topk=8, max_position_embeddings=512, mlp_layer_types=["dense", "sparse", "sparse"],
     indexer_types=["full", "shared", "full"],
 )  # fmt: skip
-
-
-def interpreted():
-    return dispatch.interpreted(pltpu.InterpretParams(detect_races=True))
 
 
 def test_prefill_and_decode_run_the_kernels_and_agree_with_the_reference():
