@@ -125,9 +125,9 @@ def collectives(text: str, layers: int, full: int) -> dict[str, tuple[int, int]]
                 branches = re.findall(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}=]*)", line)
                 for branch in re.findall(r"%?([\w.\-]+)", " ".join(branches)):
                     visit(branch, times * full / layers)
-            elif called := re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
-                if " call(" in line or " fusion(" in line:
-                    visit(called[1], times)
+            elif "-done(" not in line:  # a 7x leaves collectives to its SparseCores, in computations of their own
+                for called in re.findall(r"(?:calls=|to_apply=|called_computations=\{)%?([\w.\-]+)", line):
+                    visit(called, times)
 
     visit(entry, 1)
     return {kind: (round(n), round(size)) for kind, (n, size) in sorted(found.items())}
