@@ -75,7 +75,7 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows, *, scale, value_dim=512, im
       latent_pool_LMU: stacked latent cache, its rows laid out as ``latent_row_shape`` says (or plainly, for the reference);
         keys are whole rows, values their first ``value_dim`` columns.
       layer: int32 scalar, the layer to read.
-      rows: int32 pool rows [B,S,K], -1 = none, anywhere in the list, or a RowPlan. A query with no row gives zeros and
+      rows: int32 distinct pool rows [B,S,K], -1 = none, anywhere in the list, or a RowPlan. A query with no row gives zeros and
         lse -inf.
       scale: softmax scale.
 
