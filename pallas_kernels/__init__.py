@@ -75,8 +75,8 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows, *, scale, value_dim=512, im
       latent_pool_LMU: stacked latent cache, its rows laid out as ``latent_row_shape`` says (or plainly, for the reference);
         keys are whole rows, values their first ``value_dim`` columns.
       layer: int32 scalar, the layer to read.
-      rows: int32 distinct pool rows [B,S,K], -1 = none, anywhere in the list, or a RowPlan. A query with no row gives zeros and
-        lse -inf.
+      rows: int32 distinct pool rows [B,S,K], -1 = none, anywhere in the list, or a RowPlan. A query with no row gives
+        zeros and lse -inf.
       scale: softmax scale.
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V2 report, section 2.1 (absorbed MLA).
