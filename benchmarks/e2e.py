@@ -50,7 +50,8 @@ class Bench:
         last = self.args.tokens[-1]
         return {
             "table": {
-                f"table-{w}-{d}-{t}": functools.partial(self.table, w, d, t) for w, t in each for d in (FP8, BF16)
+                f"table-{w}-{d}-{t}": functools.partial(self.table, w, d, t)
+                for w, t in each for d in (FP8, BF16) if (w, d) != ("natural", BF16)
             },
             "crossover": {f"crossover-{w}": functools.partial(self.crossover, w, last) for w in ("natural", "alike")},
             "breakdown": {f"breakdown-{w}-{t}": functools.partial(self.breakdown, w, t) for w, t in each},
@@ -91,10 +92,11 @@ class Bench:
         return [row.to_json() | dict(compile_seconds=steps.compile_seconds) for row in rows]
 
     def steps(self, engine):
-        """Steps with every indexer; natural and alike weights are arguments of the same programs."""
+        """Steps with every indexer; weights are arguments, and all lengths take the longest one's cache: few programs."""
         from ic_jax.bench_measure import Steps
 
-        steps = Steps(engine, self.all.full_layers, seed=self.args.seed)
+        room = self.args.tokens[-1] + self.args.generate
+        steps = Steps(engine, self.all.full_layers, seed=self.args.seed, room=room, static=self.args.static)
         steps.programs = self._programs[engine.index_dtype]
         return steps
 
@@ -107,12 +109,15 @@ class Bench:
 
     def crossover(self, weights: str, most: int) -> dict:
         """A chunk of prefill and decode at depths from half of top-k on, sparse patterns beside dense attention."""
-        depths = [d for i in range(8) if (d := self.config.index_topk // 2 << i) <= most]
+        depths = [d for i in range(8) if (d := self.config.index_topk // 2 << i) < most]
         engine, ratio = self.engine(weights, most, FP8)
         patterns, rows = [self.all, self.quarter, "dense"], []
         for depth in depths:
-            tests = [("pp", min(engine.prefill_chunk, most), depth), ("tg", self.args.generate, depth)]
-            rows += self.measure(engine, patterns, tests)
+            tests = [("pp", min(engine.prefill_chunk, most - depth), depth), ("tg", self.args.generate, depth)]
+            rows += (found := self.measure(engine, patterns, tests))
+            slowest = [max((r for r in found if r["test"] == test), key=lambda r: r["median_s"]) for test in ("pp", "tg")]
+            if not any(r["full"] for r in slowest):
+                break  # dense attention loses from here on
         return dict(weights=weights, ratio=ratio, index_dtype=FP8, rows=rows)
 
     def breakdown(self, weights: str, tokens: int) -> dict:
@@ -216,6 +221,7 @@ def main() -> int:
     parser.add_argument("--prefill-chunk", type=int, help="tokens of one step (by device)")
     parser.add_argument("--memory-gb", type=float, help="memory for the saturated case (the device's)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no part later than this")
+    parser.add_argument("--static", action="store_true", help="compile each pattern in, rather than pass it as data")
     parser.add_argument("--cache", help="directory of compiled programs, for later calls")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "e2e")
     args = parser.parse_args()

@@ -2,8 +2,8 @@
 [prefill] [decode] [dense], all of them by default.
 
 Device time is the sum of the kernels of one call (CUPTI, median of 8), wall a synchronised call. Prefill: 2*N*D*F FLOP
-against 790 TFLOP/s, a measured bf16 product. Decode and dense: one program that goes through all layers, so that no
-matrix is found in the cache; time a layer, and bytes of the matrices read against 4.3 TB/s. Ends with one line of JSON.
+against a measured bf16 product (limits.py). Decode and dense: one program that goes through all layers, so that no
+matrix is found in the cache; time a layer, and bytes of the matrices read against a measured copy. Ends with JSON.
 tokamax is timed beside if it is installed.
 """
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernels_sparse_mla import PEAK_BYTES, PEAK_FLOPS, clock
+from kernels_sparse_mla import LIMITS, clock
 
 from pallas_kernels import grouped_matmul_gpu, layer_matmul_gpu, matvec_gpu, reference
 
@@ -85,9 +85,9 @@ def line(name, timing, flops=0, moved=0, peer=None):
     device, spread, wall, _ = timing
     text = f"| {name} | {device:.1f} ({spread:.1f}) | {wall:.0f} | {peer or '-'} |"
     if flops:
-        text += f" {flops / device / 1e6:.0f} TFLOP/s ({flops / device / PEAK_FLOPS * 1e8:.0f} %) |"
+        text += f" {flops / device / 1e6:.0f} TFLOP/s ({flops / device / LIMITS.bf16 * 1e8:.0f} %) |"
     if moved:
-        text += f" {moved / device / 1e6:.2f} TB/s ({moved / device / PEAK_BYTES * 1e8:.0f} %) |"
+        text += f" {moved / device / 1e6:.2f} TB/s ({moved / device / LIMITS.copy * 1e8:.0f} %) |"
     print(text, flush=True)
     return {name: round(device, 1)}
 
@@ -215,7 +215,8 @@ if __name__ == "__main__":
     if unknown := set(chosen) - set(modes):
         sys.exit(f"unknown {', '.join(unknown)}: choose from {', '.join(modes)}")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print("| case | device us (spread) | wall us | peer | of 790 TFLOP/s, of 4.3 TB/s |")
+    peaks = f"of {LIMITS.bf16 / 1e12:.0f} TFLOP/s, of {LIMITS.copy / 1e12:.1f} TB/s"
+    print(f"| case | device us (spread) | wall us | peer | {peaks} |")
     results = {}
     for mode in chosen:
         results |= modes[mode]()

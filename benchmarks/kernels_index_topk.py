@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
+import limits
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
@@ -28,7 +29,7 @@ from pallas_kernels import index_scores_gpu, index_topk_gpu, topk_gpu
 PAGE = 256
 FP8, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 PEAK = {FP8: 1979e12, BF16: 989.5e12}  # data sheet, dense
-BANDWIDTH = 4.3e12  # measured by a device-to-device copy
+LIMITS = limits.of(jax.devices()[0].device_kind)
 rng = np.random.default_rng()
 results, failures = [], []
 scores_of = functools.partial(index_scores_gpu.index_scores, page_size=PAGE)
@@ -74,7 +75,7 @@ def clock(name, f, *args, flops=0, moved=0, peak=None, peer=None, queue=20):
     if flops:
         row.update(tflops=flops / kernel / 1e12, share=flops / kernel / peak)
     elif moved:
-        row.update(tb_s=moved / kernel / 1e12, share=moved / kernel / BANDWIDTH)
+        row.update(tb_s=moved / kernel / 1e12, share=moved / kernel / LIMITS.copy)
     results.append(row)
     print(
         "time",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import limits
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,7 @@ from pallas_kernels import (  # noqa: E402
 
 SCALE = 576**-0.5
 QUERIES, SELECTED, TOKENS, PAGE = 4096, 2048, 65536, 256
-PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # measured on one H200: 8192^3 bf16 product, device-to-device copy
+LIMITS = limits.of(jax.devices()[0].device_kind)
 TARGETS = {  # microseconds: (peer measured on the same kind of machine, to reach)
     "forward 64": (2210, 2210),
     "forward 128": (4270, 4270),
@@ -188,8 +189,8 @@ def report(name, order, timing, flops=0, gathered=0):
     peer, reach = TARGETS.get(name, (None, None))
     line = f"| {name} | {order} | {device:.1f} ({spread:.1f}) | {wall:.0f} | {peer or '-'} | {reach or '-'} |"
     if flops:
-        line += f" {flops / device / 1e6:.0f} TFLOP/s ({flops / device / PEAK_FLOPS * 1e8:.0f} %) |"
-        line += f" {gathered / device / 1e6:.2f} TB/s ({gathered / device / PEAK_BYTES * 1e8:.0f} %) |"
+        line += f" {flops / device / 1e6:.0f} TFLOP/s ({flops / device / LIMITS.bf16 * 1e8:.0f} %) |"
+        line += f" {gathered / device / 1e6:.2f} TB/s ({gathered / device / LIMITS.copy * 1e8:.0f} %) |"
     print(line, kernels if len(kernels) > 1 else "", flush=True)
     return {f"{name} {order}".strip(): round(device, 1)}
 
@@ -241,13 +242,12 @@ GROUP_MAKERS = {"sort": row_plan.sort_groups, "bitmaps": row_groups_gpu.bitmap_g
 
 def neighbours(share=0.85):
     """rows [1, Q, K]: each query keeps the share of its predecessor's rows, draws the rest, in ascending order."""
-    rng = np.random.default_rng(0)
+    rng, keep = np.random.default_rng(0), int(share * SELECTED)
     rows, lists = rng.permutation(TOKENS)[:SELECTED], []
     for _ in range(QUERIES):
-        keep = rng.permutation(rows)[: int(share * SELECTED)]
-        fresh = rng.integers(0, TOKENS, SELECTED)
-        fresh = [x for x in dict.fromkeys(fresh.tolist()) if x not in set(keep.tolist())][: SELECTED - len(keep)]
-        rows = np.concatenate([keep, fresh])
+        kept = rng.permutation(rows)[:keep]
+        fresh = np.setdiff1d(rng.integers(0, TOKENS, SELECTED), kept)
+        rows = np.concatenate([kept, rng.permutation(fresh)[: SELECTED - keep]])
         lists.append(np.sort(rows))
     return jnp.asarray(np.stack(lists)[None], jnp.int32)
 
@@ -301,7 +301,8 @@ if __name__ == "__main__":
     if unknown := set(chosen) - set(modes):
         sys.exit(f"unknown {', '.join(unknown)}: choose from {', '.join(modes)}")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print("| case | lists | device us (spread) | wall us | peer | reach | of 790 TFLOP/s | gathered, of 4.3 TB/s |")
+    print(f"| case | lists | device us (spread) | wall us | peer | reach | of {LIMITS.bf16 / 1e12:.0f} TFLOP/s | "
+          f"gathered, of {LIMITS.copy / 1e12:.1f} TB/s |")
     results = {}
     for mode in chosen:
         results |= modes[mode]()

@@ -10,6 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,12 @@ class Steps:
     """Programs over an Engine's weights for ``batch`` sequences of random tokens, and the cache they work on.
 
     layers: the layers that hold the indexers. The pattern is an argument, so one program serves all of them; ``static``
-    compiles each in instead. The cache has room for ``tokens`` of ``reserve``.
+    compiles each in instead. The cache has room for the tokens of ``reserve``, and for ``room`` at least.
     """
 
-    def __init__(self, engine, layers: tuple[int, ...], *, batch: int = 1, seed: int = 0, static=False):
+    def __init__(self, engine, layers: tuple[int, ...], *, batch: int = 1, seed: int = 0, static=False, room: int = 0):
         self.engine, self.config, self.layers, self.batch = engine, engine.config, layers, batch
-        self.seed, self.static = seed, static
+        self.seed, self.static, self.room = seed, static, room
         self.compile_seconds, self.cache, self.ids_BT = 0.0, None, np.zeros((batch, 0), np.int32)
         self.programs: dict[tuple, jax.stages.Compiled] = {}
         self.latest: dict[tuple, jax.stages.Compiled] = {}
@@ -45,7 +46,7 @@ class Steps:
         UserError when memory does not hold it.
         """
         self.cache = None  # the old one goes before the new one comes
-        self.cache = self.engine.new_cache(self.batch, tokens) if cache is None else cache
+        self.cache = self.engine.new_cache(self.batch, max(tokens, self.room)) if cache is None else cache
         self.ids_BT = np.random.default_rng(self.seed).integers(3, self.config.vocab_size, (self.batch, tokens), np.int32)
 
     def prefill(self, pattern: Pattern | str, start: int, stop: int, chunk: int | None = None):
@@ -208,62 +209,92 @@ def measure(
     """Rows of every test for every pattern, over one cache with room for all; tests are (Row.test, tokens, depth).
 
     The cache is filled to a test's depth by prefilling it, once for all patterns, with every loaded indexer full. Then
-    every pattern runs once unmeasured, and ``repeats`` rounds over all patterns are timed, so that drift hits all alike.
+    every program runs once unmeasured, and ``repeats`` rounds over all patterns are timed, so that drift hits all alike.
 
-    The indexer's share comes from one more pattern in those rounds, in which only layer 0 is full: what each full layer
-    adds to that step (index keys, scores, selection, plan), times the full layers, over the step's time. A pattern of
-    one full layer takes what it adds in the pattern with the most.
+    The indexer's share comes from what each full layer adds to a step (index keys, scores, selection, plan): the
+    difference to the pattern with the fewest full layers, times the full layers, over the step's time. Where no two
+    patterns differ in their number, one in which only layer 0 is full joins the rounds.
     """
     n_layers = steps.config.num_hidden_layers
-    base = Pattern("F" + "S" * (n_layers - 1))
     sparse = [p for p in patterns if p != DENSE]
-    extra = [base] if sparse and base not in patterns and max(p.n_full for p in sparse) > 1 else []
+    counts = {p.n_full for p in sparse}
+    extra = [Pattern("F" + "S" * (n_layers - 1))] if len(counts) == 1 and counts != {1} else []
     fullest = Pattern("".join("F" if i in steps.layers else "S" for i in range(n_layers))) if steps.layers else DENSE
+    # The fullest comes last: it leaves the cache as a test behind those tokens wants it.
+    order = sorted([*patterns, *extra], key=lambda p: p != DENSE and p.n_full)
     # The chunk of a timed prefill serves for filling too, unless it is small: one program less.
     chunk = min([steps.engine.prefill_chunk, *(n for test, n, _ in tests if test == "pp" and n >= 256)])
     rows, filled = [], 0
     steps.reserve(max(depth + n for _, n, depth in tests))
+    _compile(steps, order, tests, chunk, overlap)
     for test, tokens, depth in tests:
         if filled != depth:
             jax.block_until_ready(steps.prefill(fullest, 0, depth, chunk) if depth else None)
-            filled = depth
+        filled = depth
         if test == "pp":
             run = functools.partial(steps.prefill, start=depth, stop=depth + tokens)
+            last = list(chunks(depth, depth + tokens, steps.engine.prefill_chunk))[-2:]
+            warm = functools.partial(run, start=last[0][0])
             ends = np.linspace(depth, depth + tokens, 5).astype(int)[1:].tolist()
+            filled += tokens if order[-1] == fullest else 0
         else:
             run, ends = functools.partial(steps.decode, start=depth, n=tokens), [depth]
-        shared: list[float | None] = []
-        for pattern in [*patterns, *extra]:
-            jax.block_until_ready(run(pattern))
-            shared.append(steps.overlap(pattern, ends) if overlap and pattern in patterns else None)
-        times = _timed(run, [*patterns, *extra], repeats)
-        found = [_row(steps, p, test, tokens, depth, times[i], shared[i], chip) for i, p in enumerate(patterns)]
-        _indexer_shares(found, times[len(patterns)] if extra else None, patterns, base)
+            warm = functools.partial(run, n=1)
+        for pattern in order:
+            jax.block_until_ready(warm(pattern))
+        times, shares = _timed(run, order, repeats, functools.partial(steps.overlap, ends=ends) if overlap else None)
+        found = [_row(steps, p, test, tokens, depth, times[p], shares.get(p), chip) for p in patterns]
+        _indexer_shares(found, times[extra[0]] if extra else None)
         rows += found
     return rows
 
 
-def _timed(run: Callable, patterns: list, repeats: int) -> list[list[float]]:
-    """Seconds of every repeat of ``run(pattern)``, for each pattern, in rounds over all of them."""
-    times: list[list[float]] = [[] for _ in patterns]
-    for _ in range(repeats):
-        for i, pattern in enumerate(patterns):
+def _compile(steps: Steps, patterns: list, tests: list, chunk: int, overlap: bool) -> None:
+    """The programs that ``measure`` will run, compiled side by side."""
+    calls = {}  # (kind, what of the pattern is compiled in, tokens a sequence): a pattern
+    for test, tokens, depth in tests:
+        fill = {size for _, size in chunks(0, depth, chunk)}
+        calls |= {("prefill", steps._static(patterns[-1]), size): patterns[-1] for size in fill}
+        for p in patterns:
+            own = {size for _, size in chunks(depth, depth + tokens, steps.engine.prefill_chunk)} if test == "pp" else {1}
+            calls |= {("prefill" if test == "pp" else "decode", steps._static(p), size): p for size in own}
+            if overlap and p != DENSE and depth + tokens - PROBE >= steps.config.index_topk:
+                calls["select", steps._static(p), PROBE] = p
+    spec = lambda *shape: (jax.ShapeDtypeStruct((steps.batch, *shape), jnp.int32),) * 2
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(steps.compile, kind, p, *(spec() if kind == "decode" else spec(size)))
+            for (kind, _, size), p in calls.items()
+        ]
+        for job in jobs:
+            job.result()
+
+
+def _timed(run: Callable, patterns: list, repeats: int, after: Callable | None) -> tuple[dict, dict]:
+    """({pattern: seconds of every repeat of ``run(pattern)``}, {pattern: ``after(pattern)``, called after its last})."""
+    times, found = {p: [] for p in patterns}, {}
+    for i in range(repeats):
+        for pattern in patterns:
             began = time.perf_counter()
             jax.block_until_ready(run(pattern))
-            times[i].append(time.perf_counter() - began)
-    return times
+            times[pattern].append(time.perf_counter() - began)
+            if after and i == repeats - 1:
+                found[pattern] = after(pattern)
+    return times, found
 
 
-def _indexer_shares(rows: list[Row], base_seconds: list[float] | None, patterns: list, base: Pattern) -> None:
-    """Fill in ``Row.indexer``; see ``measure``."""
-    if base_seconds is None and base not in patterns:
+def _indexer_shares(rows: list[Row], base_seconds: list[float] | None) -> None:
+    """Fill in ``Row.indexer``; see ``measure``. base_seconds: repeats of a pattern of one full layer."""
+    medians = {row.full: row.median for row in rows if row.full}
+    if base_seconds:
+        medians[1] = statistics.median(base_seconds)
+    if len(medians) < 2:
         return
-    alone = statistics.median(base_seconds) if base_seconds else rows[patterns.index(base)].median
-    cost = lambda row: (row.median - alone) / (row.full - 1)
-    several = [row for row in rows if row.full > 1]
+    least, most = min(medians), max(medians)
     for row in rows:
-        if row.full and several:
-            row.indexer = row.full * cost(row if row.full > 1 else max(several, key=lambda r: r.full)) / row.median
+        if row.full:
+            full, median = (row.full, row.median) if row.full > least else (most, medians[most])
+            row.indexer = row.full * (median - medians[least]) / (full - least) / row.median
 
 
 def _row(steps: Steps, pattern, test: str, tokens: int, depth: int, times: list[float], shared, chip) -> Row:

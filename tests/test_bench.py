@@ -191,11 +191,10 @@ def test_overlap_is_that_of_the_selected_sets(steps):
 def test_the_indexer_share_is_what_full_layers_add():
     row = lambda p, s: Row(p, p.count("F"), "tg", 1, 0, 1, [s])
     rows = [row("FFFF", 1.6), row("FSFS", 1.2), row("FSSS", 1.0), row("dense", 9.0)]
-    patterns = [Pattern("FFFF"), Pattern("FSFS"), Pattern("FSSS"), DENSE]
-    bench_measure._indexer_shares(rows, None, patterns, Pattern("FSSS"))
+    bench_measure._indexer_shares(rows, None)
     assert [r.indexer for r in rows] == [pytest.approx(v) for v in (0.8 / 1.6, 0.4 / 1.2, 0.2 / 1.0)] + [None]
     alone = [row("FFFF", 1.6)]
-    bench_measure._indexer_shares(alone, [1.0, 5.0, 0.9], [Pattern("FFFF")], Pattern("FSSS"))
+    bench_measure._indexer_shares(alone, [1.0, 5.0, 0.9])
     assert alone[0].indexer == pytest.approx(0.5)
 
 
