@@ -121,6 +121,7 @@ def claims(rows: list[dict], searches: list[dict]) -> list[dict]:
         mean = statistics.mean(rho)
         # More overlap would have to mean less cost.
         verdict = FAILS if max(rho) < -limit else HOLDS if all(abs(r) < limit for r in rho) else OPEN
+        verdict = OPEN if len(rho) < 2 else verdict
         claim = f"overlap with the layer before does not predict what sharing a layer costs (|rho| < {limit:.3g})"
         half = (max(rho) - min(rho)) / 2 if len(rho) > 1 else None
         out.append(
@@ -310,12 +311,13 @@ def _plot(rows: list[dict], searches: list[dict], path: Path) -> None:
         keeps, means, spreads = zip(*sorted(points), strict=True)
         label = "all full" if method == "full" else method if loss is None else f"{method}, {loss} loss"
         axes[int(stage == "trained")].errorbar(
-            keeps, means, spreads, label=label, color=colours[method], marker="o", capsize=3,
-            linestyle="--" if loss == "own" else "-",
+            keeps, means, spreads, label=label, color=colours[method], capsize=3,
+            marker="x" if loss == "own" else "o", linestyle="--" if loss == "own" else "-",
         )  # fmt: skip
     for axis, title in zip(axes, ("untrained", "trained"), strict=False):
         axis.set(xlabel="one full layer in", ylabel="loss above all-full, nats a token", title=title)
         axis.set_xscale("log", base=2)
+        axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)
