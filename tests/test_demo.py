@@ -129,14 +129,14 @@ def test_index_loss_trains_the_indexers_alone():
     assert all(jnp.abs(g).max() == 0 for g in jax.tree.leaves(grads))
 
 
-def test_index_loss_over_every_eighth_query_is_the_mean_of_these():
+def test_index_loss_over_every_sixteenth_query_is_the_mean_of_these():
     c, params = tiny(2)
     ids = jax.random.randint(jax.random.key(3), (1, 32), 0, c.vocab_size)
     loss = lambda n, taught, block: train.train_forward(
         params, c, ids[:, :n], slots=(0, 1), sparse=True, taught=taught, block=block
     )[1].index_loss_L
-    last = [loss(n, n, 32) for n in (8, 16, 24, 32)]  # of the last query alone
-    np.testing.assert_allclose(loss(32, 8, 16), np.mean(last, 0), rtol=1e-4)
+    last = [loss(n, n, 32) for n in (16, 32)]  # of the last query alone
+    np.testing.assert_allclose(loss(32, 16, 16), np.mean(last, 0), rtol=1e-4)
 
 
 def test_select_is_exact_under_ties():
