@@ -82,12 +82,13 @@ class Runner:
         """float32 [B] mean negative log likelihood of each sequence, in nats, of a State that left the last layer."""
         return _sequence_losses(self.params, state.x_BSD, np.asarray(targets_BS, np.int32), config=self.config)
 
-    def token_losses(self, state: State, targets_BS, reference: State | None = None) -> dict:
+    def token_losses(self, state: State, targets_BS, reference: State | None = None, reference_params=None) -> dict:
         """Float32 [B,S] arrays: ``loss`` in nats and ``top1``, whether the target is the likeliest token.
 
-        With a ``reference`` State also ``kl``, KL(reference || this), and ``same``, whether the likeliest tokens agree.
+        With a ``reference`` State, of ``reference_params`` when these are others than the Runner's, also ``kl``,
+        KL(reference || this), and ``same``, whether the likeliest tokens agree.
         """
-        reference = None if reference is None else reference.x_BSD
+        reference = None if reference is None else (reference_params or self.params, reference.x_BSD)
         return _token_losses(self.params, state.x_BSD, np.asarray(targets_BS, np.int32), reference, config=self.config)
 
 
@@ -127,8 +128,8 @@ def _advance_here(params, state, positions_BS, slots, start, stop, *, static: _S
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _token_losses(params, x_BSD, targets_BS, reference_BSD, *, config):
-    return _per_token(params, x_BSD, targets_BS, reference_BSD, config)
+def _token_losses(params, x_BSD, targets_BS, reference, *, config):
+    return _per_token(params, x_BSD, targets_BS, reference, config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -136,8 +137,13 @@ def _sequence_losses(params, x_BSD, targets_BS, *, config):
     return _per_token(params, x_BSD, targets_BS, None, config)["loss"].mean(-1)
 
 
-def _per_token(params, x_BSD, targets_BS, reference_BSD, config):
-    """See ``Runner.token_losses``. A block of tokens at a time: all logits of a long sequence do not fit."""
+def _per_token(params, x_BSD, targets_BS, reference, config):
+    """See ``Runner.token_losses``; ``reference``: None or (params, x_BSD).
+
+    A block of tokens at a time: all logits of a long sequence do not fit.
+    """
+
+    reference_params, reference_BSD = reference or (None, None)
 
     def one(args):
         x_D, target, reference_D = args
@@ -146,7 +152,7 @@ def _per_token(params, x_BSD, targets_BS, reference_BSD, config):
         top1 = logits_W.argmax()
         out = {"loss": -logp_W[target], "top1": (top1 == target).astype(jnp.float32)}
         if reference_D is not None:
-            reference_W = jax.nn.log_softmax(model.head(params, config, reference_D))
+            reference_W = jax.nn.log_softmax(model.head(reference_params, config, reference_D))
             out["kl"] = (jnp.exp(reference_W) * (reference_W - logp_W)).sum()
             out["same"] = (top1 == reference_W.argmax()).astype(jnp.float32)
         return out

@@ -119,13 +119,22 @@ def init_optimizers(params: dict, stage: str, sharding=None) -> dict:
     return jax.jit(init, out_shardings=sharding)(split(params, stage))
 
 
-@functools.lru_cache(maxsize=8)
 def make_step(c: Config, pattern: Pattern, stage: str, mesh, *, loss: str, dtype: str, remat: bool):
     """(state, ids int32 [A,B,S+1], lr) -> (state, metrics): one update from A micro-batches, sharded over ``data``.
 
     state: {"params", "optimizers"}, float32, donated. metrics: index_loss_G, lm, and ok, whether loss and gradients
     are finite; if they are not, the state comes back as it was.
     """
+    from . import distill_loss
+
+    program = _program(c, stage, mesh, average=loss == "avg", dtype=dtype, remat=remat)
+    shares = distill_loss.shares(pattern, loss)
+    return lambda state, ids_ABS, lr: program(state, ids_ABS, lr, shares)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(c: Config, stage: str, mesh, *, average: bool, dtype: str, remat: bool):
+    """``make_step`` with the pattern as data."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -134,30 +143,31 @@ def make_step(c: Config, pattern: Pattern, stage: str, mesh, *, loss: str, dtype
 
     sparse = stage == "sparse"
 
-    def loss_fn(parts, rest, ids_BS):
+    def loss_fn(parts, rest, ids_BS, shares):
         params = rest | {k: v for part in parts.values() for k, v in part.items()}
-        params, options = distill_loss.cast(params, jnp.dtype(dtype)), dict(sparse=sparse, loss=loss, remat=remat)
-        x_BSD, index_G = distill_loss.forward(params, c, pattern, ids_BS[:, :-1], **options)
+        params, options = distill_loss.cast(params, jnp.dtype(dtype)), dict(sparse=sparse, remat=remat)
+        loss = "avg" if average else "multi"
+        x_BSD, index_G = distill_loss.forward(params, c, shares, ids_BS[:, :-1], loss=loss, **options)
         lm = distill_loss.lm_loss(params, c, x_BSD, ids_BS[:, 1:]) if sparse else jnp.float32(0)
         return index_G.sum() + lm, {"index_loss_G": index_G, "lm": lm}
 
-    def gradients(params, ids_ABS):
+    def gradients(params, ids_ABS, shares):
         parts = split(params, stage)
 
         def add(total, ids_BS):
-            grads, metrics = jax.grad(loss_fn, has_aux=True)(parts, params, ids_BS)
+            grads, metrics = jax.grad(loss_fn, has_aux=True)(parts, params, ids_BS, shares)
             return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
-        metrics = {"index_loss_G": jnp.zeros(pattern.n_full), "lm": jnp.float32(0)}
+        metrics = {"index_loss_G": jnp.zeros(len(params["indexer"]["wk"])), "lm": jnp.float32(0)}
         total, _ = jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, parts), metrics), ids_ABS)
         return jax.lax.pmean(jax.tree.map(lambda a: a / len(ids_ABS), total), "data")
 
     same, batch = PartitionSpec(), PartitionSpec(None, "data")
-    gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(same, batch), out_specs=same, check_vma=False)
+    gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(same, batch, same), out_specs=same, check_vma=False)
 
-    def step(state, ids_ABS, lr):
+    def step(state, ids_ABS, lr, shares):
         params = state["params"]
-        grads, metrics = gradients(params, ids_ABS)
+        grads, metrics = gradients(params, ids_ABS, shares)
         ok = jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves((grads, metrics))]).all()
         new = {"params": dict(params), "optimizers": {}}
         for name, part in split(params, stage).items():
@@ -166,7 +176,8 @@ def make_step(c: Config, pattern: Pattern, stage: str, mesh, *, loss: str, dtype
         return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state), metrics | {"ok": ok}
 
     replicated = NamedSharding(mesh, same)
-    shardings = dict(in_shardings=(replicated, NamedSharding(mesh, batch), replicated), out_shardings=replicated)
+    inputs = (replicated, NamedSharding(mesh, batch), replicated, replicated)
+    shardings = dict(in_shardings=inputs, out_shardings=replicated)
     return jax.jit(step, donate_argnums=0, **shardings)
 
 

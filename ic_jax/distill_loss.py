@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,17 @@ def by_blocks(function, arrays, block: int):
 
 
 # The forward. --------------------------------------------------------------------------------------------------------
-def shares(pattern: Pattern, loss: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every layer: the slot of its F layer, its share of that layer's target, and whether it is the group's last.
+class Shares(NamedTuple):
+    """For every layer: the slot of its F layer, its share of that layer's target, whether it is F, and its group's last."""
+
+    slot_L: np.ndarray
+    share_L: np.ndarray
+    full_L: np.ndarray
+    last_L: np.ndarray
+
+
+def shares(pattern: Pattern, loss: str) -> Shares:
+    """A pattern and a loss as data: one program serves all patterns of as many F layers, with both "multi" and "own".
 
     The share is 1/(m+1) where an F layer serves m+1 layers; with ``own`` it is 1 for F layers and 0 for the others.
     """
@@ -131,18 +141,19 @@ def shares(pattern: Pattern, loss: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     share = 1 / np.bincount(slot)[slot]
     if loss == "own":
         share = np.array([float(letter == "F") for letter in pattern.layers])
-    last = np.append(np.diff(slot) > 0, True)
-    return slot.astype(np.int32), share.astype(np.float32), last
+    full = np.array([letter == "F" for letter in pattern.layers])
+    return Shares(slot.astype(np.int32), share.astype(np.float32), full, np.append(np.diff(slot) > 0, True))
 
 
 def forward(
-    params: dict, c: Config, pattern: Pattern, ids_BS, *, sparse: bool, loss: str = "multi", block: int | None = None,
-    remat: bool = False,
+    params: dict, c: Config, pattern: Pattern | Shares, ids_BS, *, sparse: bool, loss: str = "multi",
+    block: int | None = None, remat: bool = False,
 ):  # fmt: skip
     """(x [B,S,D] behind the last layer, index loss of each F layer, float32 [G]); differentiable.
 
     Args:
       params: the tree of ``model.init_params`` with the indexers of the pattern's F layers; computation is in its dtype.
+      pattern: with ``loss``, or both as the arrays of ``shares``.
       sparse: attend to the selected positions only, the index loss taken over them, p renormalised; else to all.
       loss: "multi", sum_j 1/(m+1) KL(p^(l+j) || q); "avg", KL(mean_j p^(l+j) || q); "own", KL(p^(l) || q). Means over
         queries, nats. The indexers' inputs are detached, so the index losses train the indexers alone, and since a
@@ -206,8 +217,7 @@ def forward(
     bits = jnp.zeros((B, S, -(-S // 8)), jnp.uint8) if sparse else None
     target_BST = jnp.zeros((B, S, S), jnp.float32) if average else None
     carry = (x_BSD, (jnp.zeros_like(x_BSD), jnp.zeros((B, S, c.q_lora_rank), x_BSD.dtype), bits, target_BST))
-    slot, share, last = shares(pattern, loss)
-    full = np.array([letter == "F" for letter in pattern.layers])
+    plan = pattern if isinstance(pattern, Shares) else shares(pattern, loss)
     losses, seen = [], {"dense": 0, "sparse": 0}
     for kind, run in itertools.groupby(range(c.num_hidden_layers), lambda i: c.mlp_layer_types[i]):
         layers = list(run)
@@ -215,14 +225,14 @@ def forward(
         seen[kind] += n
         cut = lambda tree, at, n=n: jax.tree.map(lambda array: array[at : at + n], tree)
         ffn = params["dense" if kind == "dense" else "experts"]
-        xs = (cut(params["layers"], first[0]), cut(ffn, first[1]), *cut((slot, share, full, last), first[0]))
+        xs = (cut(params["layers"], first[0]), cut(ffn, first[1]), *cut(tuple(plan), first[0]))
         step = functools.partial(layer_step, kind)
         if remat:
             keep = jax.checkpoint_policies.save_only_these_names("selection")
             step = jax.checkpoint(step, policy=keep, prevent_cse=False)
         carry, loss_L = lax.scan(step, carry, xs)
         losses.append(loss_L)
-    return carry[0], jax.ops.segment_sum(jnp.concatenate(losses), jnp.asarray(slot), pattern.n_full)
+    return carry[0], jax.ops.segment_sum(jnp.concatenate(losses), jnp.asarray(plan.slot_L), len(params["indexer"]["wk"]))
 
 
 def lm_loss(params: dict, c: Config, x_BSD, targets_BS):

@@ -47,24 +47,28 @@ def perplexity(
     patterns: dict[str, Pattern | str],
     *,
     batch: int | None = None,
+    against=None,
     report: Report | None = None,
 ) -> list[dict]:
     """One dict a pattern: loss (nats a token) and ppl with standard errors over tokens, their running values, and
     against the reference (all full; dense without an indexer) dloss, dppl, mean KL(reference || pattern), same top-1.
 
-    Raises UserError when a loss is not a number.
+    against: the LM that is the reference, with all it has full; ``lm`` itself by default. Raises UserError when a loss
+    is not a number.
     """
     seq_len = ids_NT.shape[1] - 1
-    runs, reference = _Runs(lm, seq_len), lm.pattern or DENSE
+    against = against or lm
+    runs, reference, params = _Runs(lm, seq_len), against.pattern or DENSE, against.engine.params
+    reference_runs = runs if against is lm else _Runs(against, seq_len)
     chunks = list(calibration.batches(ids_NT, batch or calibration.batch_size(seq_len, len(ids_NT))))
     found: dict[str, list] = {name: [] for name in patterns}
     base = []
     for b, (ids, n) in enumerate(chunks):
-        against = runs(reference, ids[:, :-1])
-        base.append(np.asarray(runs.dense.token_losses(against, ids[:, 1:])["loss"])[:n])
+        full = reference_runs(reference, ids[:, :-1])
+        base.append(np.asarray(reference_runs.dense.token_losses(full, ids[:, 1:])["loss"])[:n])
         for i, (name, pattern) in enumerate(patterns.items()):
-            state = against if pattern == reference else runs(pattern, ids[:, :-1])
-            out = runs.dense.token_losses(state, ids[:, 1:], against)
+            state = full if against is lm and pattern == reference else runs(pattern, ids[:, :-1])
+            out = runs.dense.token_losses(state, ids[:, 1:], full, params)
             found[name].append({k: np.asarray(v)[:n] for k, v in out.items()})
             if report:
                 report(b * len(patterns) + i + 1, len(chunks) * len(patterns), "")

@@ -61,7 +61,7 @@ def test_shape_fits_the_kernels(demo):
     assert c.num_hidden_layers >= 12 and set(c.mlp_layer_types) == {"dense", "sparse"}
     assert c.pattern == Pattern.all_full(c.num_hidden_layers)
     assert sum(a.size for a in jax.tree.leaves(params)) == RECORDED["parameters"]
-    assert c == train.demo_config(c.num_hidden_layers, c.index_topk)
+    assert c == train.demo_config(c.num_hidden_layers, c.index_topk, c.moe_intermediate_size)
 
 
 def test_tokenizer_round_trips_and_keeps_its_chat_form():
@@ -112,8 +112,11 @@ def test_training_forward_is_the_model(letters, dense, as_data):
     kv = cache.allocate(c, 3, 2, 64, dtype=jnp.float32, page_size=32)
     run = jax.jit(lambda p: model.forward(p, c, slots, ids, positions, kv, all_logits=True, dense=dense).logits)
     given = jnp.asarray(slots, jnp.int32) if as_data else slots
-    logits, signals = jax.jit(lambda p: train.train_forward(p, c, ids, slots=given, sparse=not dense))(params)
+    train_forward = functools.partial(train.train_forward, c=c, ids_BS=ids, slots=given, sparse=not dense)
+    logits, signals = jax.jit(lambda p: train_forward(p, block=24))(params)  # 24, 24 and 16 queries
     np.testing.assert_allclose(logits, run(params), atol=2e-5)
+    whole = jax.jit(train_forward)(params)[1].index_loss_L
+    np.testing.assert_allclose(signals.index_loss_L, whole, rtol=1e-4)
     assert signals.index_loss_L.shape == (3,) and (signals.index_loss_L > 0).all()
 
 
@@ -124,6 +127,16 @@ def test_index_loss_trains_the_indexers_alone():
     grads = jax.jit(jax.grad(loss))(params)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads.pop("indexer")))
     assert all(jnp.abs(g).max() == 0 for g in jax.tree.leaves(grads))
+
+
+def test_index_loss_over_every_sixteenth_query_is_the_mean_of_these():
+    c, params = tiny(2)
+    ids = jax.random.randint(jax.random.key(3), (1, 32), 0, c.vocab_size)
+    loss = lambda n, taught, block: train.train_forward(
+        params, c, ids[:, :n], slots=(0, 1), sparse=True, taught=taught, block=block
+    )[1].index_loss_L
+    last = [loss(n, n, 32) for n in (16, 32)]  # of the last query alone
+    np.testing.assert_allclose(loss(32, 16, 16), np.mean(last, 0), rtol=1e-4)
 
 
 def test_select_is_exact_under_ties():

@@ -318,6 +318,16 @@ def test_sharded_and_accumulated_steps_are_the_same():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_patterns_of_as_many_full_layers_share_one_program():
+    before, options = distill._program.cache_info().misses, dict(dtype="float32", remat=True)
+    for pattern, loss in ((FSFS, "multi"), (Pattern("FFSS"), "multi"), (Pattern("FFSS"), "own")):
+        distill.make_step(GLM, pattern, "sparse", sharding.make_mesh({}), loss=loss, **options)
+    assert distill._program.cache_info().misses == before + 1
+    own, multi = (distill_loss.shares(Pattern("FFSS"), loss) for loss in ("own", "multi"))
+    assert own.share_L.tolist() == [1, 1, 0, 0] and multi.slot_L.tolist() == own.slot_L.tolist() == [0, 1, 1, 1]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), own) == jax.tree.map(lambda a: (a.shape, a.dtype), multi)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     from ic_jax import distill_files
 

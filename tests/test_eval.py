@@ -95,6 +95,16 @@ def test_perplexity_equals_numpy_on_the_logits(lm, load, ids):
     assert found[0]["kl"] == 0 and found[0]["same_top1"] == 1 and found[1]["kl"] > 1e-4 and found[2]["kl"] > 1e-4
 
 
+def test_perplexity_against_another_model(lm, load, ids):
+    other = load("FSSF")
+    other.engine.params = other.engine.params | {"lm_head": other.engine.params["lm_head"] * 1.5}
+    (found,) = eval_measures.perplexity(other, ids, {"x": other.pattern}, batch=2, against=lm)
+    base, own = (np.stack([log_softmax(m.logits(row[:-1])) for row in ids]) for m in (lm, other))
+    loss = lambda logp: -np.take_along_axis(logp, ids[:, 1:, None], -1)[..., 0].mean()
+    assert found["dloss"] == pytest.approx(loss(own) - loss(base), rel=1e-4, abs=1e-5)
+    assert found["kl"] == pytest.approx((np.exp(base) * (base - own)).sum(-1).mean(), rel=1e-4) and found["kl"] > 1e-3
+
+
 def test_a_loss_that_is_no_number_is_said(lm, ids):
     params = lm.engine.params
     lm.engine.params = jax.tree.map(lambda a: a, params) | {"norm": params["norm"].at[0].set(np.nan)}

@@ -12,7 +12,7 @@ from convert import mapping
 
 from ..config import Config
 
-SHARD_BYTES = 12 * 10**6
+SHARD_BYTES = 14 * 10**6
 
 
 def hf_tensors(c: Config, params: dict) -> dict[str, np.ndarray]:
