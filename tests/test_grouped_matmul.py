@@ -61,10 +61,10 @@ def test_tile_table_covers_every_row_once(name):
 def test_single_rows(splits):
     """Four rows, two of them to one expert; sums of a split and of an unsplit launch."""
     x, w, layer, sizes = inputs([0, 1, 0, 2, 0, 1], 256, 512)
-    base = (layer * E + jnp.asarray([1, 3, 3, 5], jnp.int32)) * 256
-    interpret = plgpu.InterpretGPUParams()
-    got = matvec_gpu.matvec(x, w.reshape(-1, 512), base, splits=splits, interpret=interpret)
-    check(got, x, w, layer, sizes)
+    expert = jnp.asarray([1, 3, 3, 5], jnp.int32)
+    found = matvec_gpu.matvec(x, [w, -w], layer, expert, splits=splits, interpret=plgpu.InterpretGPUParams())
+    for y, sign in zip(found, (1, -1), strict=True):
+        check(sign * y.astype(x.dtype), x, w, layer, sizes)
 
 
 def test_few_and_many_rows_take_their_path_and_differentiate(monkeypatch):
@@ -101,20 +101,24 @@ def test_on_trial_only_when_asked_for():
 
 @pytest.mark.parametrize(("N", "F", "D"), [(1, 48, 768), (3, 24, 256)])
 def test_layer_matmul(monkeypatch, N, F, D):
-    """Several rows a block, and one; D that leaves two and six elements a thread."""
+    """Several rows a block, and one; D that leaves two and six elements a thread; two matrices in a launch."""
     monkeypatch.setattr(layer_matmul_gpu, "BLOCKS", 8)
-    assert layer_matmul_gpu.rows_of_block(F, D) > 1 and layer_matmul_gpu.rows_of_block(5, D) == 1
+    assert layer_matmul_gpu.rows_of_block(D, F) > 1 and layer_matmul_gpu.rows_of_block(D, F, 5) == 1
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((N, D), (3, F, D)))
     run = functools.partial(layer_matmul_gpu.product, interpret=plgpu.InterpretGPUParams())
     want = np.asarray(x, np.float64) @ np.asarray(w[2], np.float64).T
     tolerance = dict(atol=2**-8 * np.abs(want).max(), rtol=2**-8)
-    np.testing.assert_allclose(np.asarray(run(x, w, jnp.int32(2)), np.float64), want, **tolerance)
     for implementation in ("auto", "gpu", "reference"):
         got = pallas_kernels.layer_matmul(x[None], w, 2, implementation=implementation)
         np.testing.assert_allclose(np.asarray(got[0], np.float64), want, **tolerance)
     monkeypatch.setattr(layer_matmul_gpu, "product", run)
-    loss = lambda f: lambda x, w: (f(x, w, jnp.int32(2)).astype(jnp.float32) ** 2).sum()
+    for dtype in (jnp.bfloat16, jnp.float32):
+        got = layer_matmul_gpu.layer_matmul(x, [w[:, :16], w], jnp.int32(2), dtype)
+        for y, columns in zip(got, (want[:, :16], want), strict=True):
+            assert y.dtype == dtype
+            np.testing.assert_allclose(np.asarray(y, np.float64), columns, **tolerance)
+    loss = lambda f: lambda x, w: sum((y.astype(jnp.float32) ** 2).sum() for y in f(x, [w, 2 * w], jnp.int32(2)))
     got = jax.grad(loss(layer_matmul_gpu.layer_matmul), (0, 1))(x, w)
     for a, b in zip(got, jax.grad(loss(pallas_kernels.layer_matmul), (0, 1))(x, w), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
