@@ -280,7 +280,10 @@ def run_layers(
         seen[kind] += len(layers)
         if span is None:
             # Layers are counted in the carry: numbers to scan over would be sliced out one by one.
-            one = lambda carry, _, step=step: (lambda out, kept: ((carry[0] + 1, out), kept))(*step(*carry))
+            def one(carry, _, step=step):
+                out, kept = step(*carry)
+                return (carry[0] + 1, out), kept
+
             (_, carry), kept = lax.scan(one, (jnp.int32(layers[0]), carry), length=len(layers))
             selections.append(kept)
         else:
