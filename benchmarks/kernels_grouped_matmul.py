@@ -78,6 +78,28 @@ def check():
         ok = error < 2**-7 and bool((y == again).all())
         good &= ok
         print(f"{N} rows, [{layers}, {F}, {D}]: {error:.1e} {'ok' if ok else 'WRONG'}", flush=True)
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    layer, heads = jnp.int32(46), draw(0, 47, 20, 192, 512)
+    pair = [draw(f, 47, f, 2048) for f in (768, 576)]
+    experts = [stack(2, EXPERTS, *GATE), -stack(2, EXPERTS, *GATE)]
+    for N in (1, 4):
+        x, by_head, expert = draw(N, N, 2048), draw(N, N, 20, 192), jax.random.randint(jax.random.key(N), (N, 4), 0, EXPERTS)
+        cases = {  # (op, arguments, a float32 einsum of layers' matrices)
+            "two matrices": (layer_matmul_gpu.layer_matmul, (x, pair, layer), "nd,fd->nf"),
+            "heads, [out, in]": (layer_matmul_gpu.layer_matmul, (draw(N, N, 20, 512), heads, layer), "nhd,hfd->nhf"),
+            "heads, [in, out]": (matvec_gpu.expert_matmul, (by_head, heads, layer), "nhd,hdf->nhf"),
+            "experts": (matvec_gpu.expert_matmul, (x, experts, jnp.int32(1), expert), "nd,nxdf->nxf"),
+        }
+        for name, (op, (x, w, *at), spec) in cases.items():
+            f, at = jax.jit(op), tuple(at)
+            y, again = (jax.tree.leaves(f(x, w, *at)) for _ in range(2))
+            ref = lambda w, x=x, at=at, spec=spec: jnp.einsum(spec, x, w[at], preferred_element_type=jnp.float32)
+            want = [jax.jit(ref)(a) for a in jax.tree.leaves(w)]
+            off = [float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max()) for a, b in zip(y, want, strict=True)]
+            error, alike = max(off), all(bool((a == b).all()) for a, b in zip(y, again, strict=True))
+            ok = error < 2**-7 and alike
+            good &= ok
+            print(f"{N} rows, {name}: {error:.1e} {'ok' if ok else 'WRONG'}", flush=True)
     return {"checks": "ok" if good else "WRONG"}
 
 
@@ -153,9 +175,8 @@ def through_layers(product):
 
 def by_splits(splits):
     def product(x, w, layer, sizes):
-        (N, D), (L, E, _, F) = x.shape, w.shape
-        expert_N = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(N), side="right", method="compare_all")
-        return matvec_gpu.matvec(x, w.reshape(L * E * D, F), (layer * E + expert_N.astype(jnp.int32)) * D, splits=splits)
+        expert_N = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right", method="compare_all")
+        return matvec_gpu.matvec(x, [w], layer, expert_N.astype(jnp.int32), splits=splits)[0].astype(x.dtype)
 
     return product
 

@@ -5,9 +5,13 @@ Weights keep Hugging Face's names and [out, in] layout; ``kv_b_proj`` is split b
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from pallas_kernels import expert_matmul, layer_matmul
 
 from .config import Config
 
@@ -56,9 +60,31 @@ def layer_norm(x, weight, bias, eps: float = 1e-6):
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight + bias
 
 
-def linear(x, weight):
-    """x [..., in] times weight [out, in]."""
-    return jnp.einsum("...d,fd->...f", x, weight)
+class Stacked(NamedTuple):
+    """Matrix ``layer`` of a stack that nobody has sliced: the kernels of a decode step read it in place."""
+
+    stack: jax.Array
+    layer: jax.Array | int
+    implementation: str
+
+    @classmethod
+    def of(cls, weight) -> Stacked:
+        return weight if isinstance(weight, cls) else cls(weight[None], 0, "reference")
+
+
+def at_layer(params: dict, layer, implementation: str) -> dict:
+    """One layer's weights of stacked ``params``: vectors are sliced, matrices Stacked."""
+    return jax.tree.map(lambda a: a[layer] if a.ndim == 2 else Stacked(a, layer, implementation), params)
+
+
+def linear(x, *weights, dtype=None):
+    """x [..., in] times each weight [out, in], or by head x [..., H, in] times [H, out, in]; arrays or Stacked.
+
+    One result or a list, in ``dtype`` or x's.
+    """
+    stacks, (layer, *_), (implementation, *_) = zip(*map(Stacked.of, weights), strict=True)
+    y = layer_matmul(x, list(stacks), layer, dtype=dtype, implementation=implementation)
+    return y if len(y) > 1 else y[0]
 
 
 def rope_tables(c: Config, positions_BS):
@@ -82,12 +108,13 @@ def project(c: Config, p, h_BSD, tables):
     B, S, _ = h_BSD.shape
     N, C = c.qk_nope_head_dim, c.kv_lora_rank
     with jax.named_scope("q_proj"):
-        qa_BSQ = rms_norm(linear(h_BSD, p["q_a_proj"]), p["q_a_layernorm"], 1e-6)
+        qa, kv = linear(h_BSD, p["q_a_proj"], p["kv_a_proj_with_mqa"])
+        qa_BSQ = rms_norm(qa, p["q_a_layernorm"], 1e-6)
         q = linear(qa_BSQ, p["q_b_proj"]).reshape(B, S, -1, N + c.qk_rope_head_dim)
-        q_latent = jnp.einsum("bshn,hnc->bshc", q[..., :N], p["k_b_proj"])
+        stack, layer, implementation = Stacked.of(p["k_b_proj"])
+        q_latent = expert_matmul(q[..., :N], stack, layer, implementation=implementation)
         q_BSHU = jnp.concatenate([q_latent, rope(q[..., N:], tables, c.rope_interleave)], -1)
     with jax.named_scope("kv_proj"):
-        kv = linear(h_BSD, p["kv_a_proj_with_mqa"])
         latent = rms_norm(kv[..., :C], p["kv_a_layernorm"], 1e-6)
         latent_BSU = jnp.concatenate([latent, rope(kv[..., C:], tables, c.rope_interleave)], -1)
     return qa_BSQ, q_BSHU, latent_BSU
@@ -96,7 +123,7 @@ def project(c: Config, p, h_BSD, tables):
 def output(p, o_BSHC):
     """Value up-projection and output projection of attention results in the latent space: [B,S,D]."""
     with jax.named_scope("o_proj"):
-        o = jnp.einsum("bshc,hvc->bshv", o_BSHC, p["v_b_proj"])
+        o = linear(o_BSHC, p["v_b_proj"])
         return linear(o.reshape(*o.shape[:2], -1), p["o_proj"])
 
 
@@ -106,7 +133,7 @@ def index_queries(c: Config, p, h_BSD, qa_BSQ, tables):
     q = linear(qa_BSQ, p["wq_b"]).reshape(B, S, c.index_n_heads, c.index_head_dim)
     R = c.qk_rope_head_dim
     q_BSIJ = jnp.concatenate([rope(q[..., :R], tables, c.indexer_rope_interleave), q[..., R:]], -1)
-    w_BSI = jnp.einsum("bsd,id->bsi", h_BSD, p["weights_proj"], preferred_element_type=jnp.float32)
+    w_BSI = linear(h_BSD, p["weights_proj"], dtype=jnp.float32)
     return q_BSIJ, w_BSI * (c.index_n_heads * c.index_head_dim) ** -0.5
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from pallas_kernels import RowPlan, dense_mla, index_topk, physical_rows, plan_rows, sparse_mla
 
 from . import attention, moe, sharding
-from .attention import rms_norm
+from .attention import Stacked, rms_norm
 from .cache import Cache
 from .config import Config
 from .parallel import ALONE, Parallel, cache_specs
@@ -176,7 +176,7 @@ def forward(
     options = dict(dense=dense, keep_selections=keep_selections, **how)
     (x_BSD, _, cache), selections = run_layers(params, c, slots, (x_BSD, plan, cache), positions_BS, **options)
     x = x_BSD if all_logits else parallel.last_token(x_BSD, positions_BS)
-    return Output(head(params, c, x), cache, selections)
+    return Output(head(params, c, x, implementation), cache, selections)
 
 
 def over_mesh(mesh: Mesh | None, c: Config, slots, axes: dict, *, queries: int, **options):
@@ -206,11 +206,11 @@ def over_mesh(mesh: Mesh | None, c: Config, slots, axes: dict, *, queries: int, 
     return divided
 
 
-def head(params: dict, c: Config, x):
+def head(params: dict, c: Config, x, implementation: str = "auto"):
     """float32 logits [..., W] of what leaves the last layer, x [..., D]."""
     with jax.named_scope("head"):
         x = rms_norm(x, params["norm"], c.rms_norm_eps)
-        return jnp.einsum("...d,wd->...w", x, params["lm_head"], preferred_element_type=jnp.float32)
+        return attention.linear(x, Stacked(params["lm_head"][None], 0, implementation), dtype=jnp.float32)
 
 
 def run_layers(
@@ -234,11 +234,12 @@ def run_layers(
     rows_BS = jnp.where(rows_BS < 0, out_of_range, rows_BS)  # padding, or another device's: writes are dropped
     scratch = cache.latent_LMU.shape[0] < c.num_hidden_layers
 
-    def layer_step(kind, full, carry, xs):
+    def layer_step(kind, full, earlier, layer, carry):
         x_BSD, plan, cache = carry
-        layer, nth, slot = xs
+        # Looked up by arithmetic: XLA's GPU compiler would start a slice apart from a layer's other kernels.
+        slot, nth = jnp.where(jnp.arange(len(slots_L)) == layer, slots_L, 0).sum(), layer - earlier
         at = 0 if scratch else layer
-        p = jax.tree.map(lambda a: a[layer], params["layers"])
+        p = attention.at_layer(params["layers"], layer, implementation)
         h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
         qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
         with jax.named_scope("write_latent"):
@@ -258,33 +259,36 @@ def run_layers(
         h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
             if kind == "dense":
-                y_BSD = moe.mlp(jax.tree.map(lambda a: a[nth], params["dense"]), h_BSD)
+                y_BSD = moe.mlp(attention.at_layer(params["dense"], nth, implementation), h_BSD)
                 x_BSD = x_BSD + parallel.sum(y_BSD, "tensor")
             else:
                 stacks = {k: params["experts"][k] for k in moe.STACKS}
-                p = jax.tree.map(lambda a: a[nth], {k: v for k, v in params["experts"].items() if k not in stacks})
+                p = {k: v for k, v in params["experts"].items() if k not in stacks}
+                p = attention.at_layer(p, nth, implementation)
+                p["gate"] = params["experts"]["gate"][nth]  # a float32 product
                 how = dict(implementation=implementation, parallel=parallel)
                 x_BSD = x_BSD + moe.experts(c, p, stacks, nth, h_BSD, **how)
         return (x_BSD, plan, cache), plan.positions_BSK if keep_selections else None
 
-    selections = []
+    selections, slots_L = [], jnp.asarray(slots, jnp.int32)
     seen = {"dense": 0, "sparse": 0}
     for (kind, full), run in itertools.groupby(
         range(c.num_hidden_layers), lambda i: (c.mlp_layer_types[i], slots[i] >= 0 if static and not dense else None)
     ):
         layers = list(run)
-        nth = jnp.arange(len(layers), dtype=jnp.int32) + seen[kind]
+        step = functools.partial(layer_step, kind, full, layers[0] - seen[kind])
         seen[kind] += len(layers)
-        run_slots = jnp.asarray(slots, jnp.int32)[layers[0] : layers[-1] + 1]
-        xs = (jnp.asarray(layers, jnp.int32), nth, run_slots)
-        step = functools.partial(layer_step, kind, full)
         if span is None:
-            carry, kept = lax.scan(step, carry, xs)
+            # Layers are counted in the carry: numbers to scan over would be sliced out one by one.
+            def one(carry, _, step=step):
+                out, kept = step(*carry)
+                return (carry[0] + 1, out), kept
+
+            (_, carry), kept = lax.scan(one, (jnp.int32(layers[0]), carry), length=len(layers))
             selections.append(kept)
         else:
-            first, last = (jnp.clip(end, layers[0], layers[-1] + 1) - layers[0] for end in span)
-            one = lambda i, carry, step=step, xs=xs: step(carry, jax.tree.map(lambda a: a[i], xs))[0]
-            carry = lax.fori_loop(first, last, one, carry)
+            first, last = (jnp.clip(end, layers[0], layers[-1] + 1) for end in span)
+            carry = lax.fori_loop(first, last, lambda layer, carry, step=step: step(layer, carry)[0], carry)
     return carry, jnp.concatenate(selections) if keep_selections and span is None else None
 
 
@@ -294,11 +298,11 @@ def _refresh(
     """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
     quantized = cache.index_scales_GM is not None
     at = slot if cache.index_keys_GMJ.shape[0] == params["indexer"]["wk"].shape[0] else 0
-    p = jax.tree.map(lambda a: a[slot], params["indexer"])
+    weights = lambda: attention.at_layer(params["indexer"], jnp.maximum(slot, 0), implementation)
     if_full = lambda do, otherwise: do() if full else lax.cond(slot >= 0, do, otherwise)
 
     def keys():
-        k_BSJ = attention.index_keys(c, p, h_BSD, tables)
+        k_BSJ = attention.index_keys(c, weights(), h_BSD, tables)
         k = attention.quantize_e4m3(k_BSJ) if quantized else (k_BSJ.astype(cache.index_keys_GMJ.dtype), None)
         return jax.tree.map(parallel.all_tokens, k)
 
@@ -315,7 +319,7 @@ def _refresh(
         # The indexer's heads are not divided: in prefill each tensor rank selects for its share of the queries.
         S, merging = h_BSD.shape[1], parallel.parts > 1 and not parallel.split
         mine = parallel.share((h_BSD, qa_BSQ, tables, seen_BS))
-        q_BSIJ, w_BSI = attention.index_queries(c, p, *mine[:3])
+        q_BSIJ, w_BSI = attention.index_queries(c, weights(), *mine[:3])
         if quantized:
             q_BSIJ, q_scale_BSI = attention.quantize_e4m3(q_BSIJ)
             w_BSI = w_BSI * q_scale_BSI

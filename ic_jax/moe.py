@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import expert_matmul, grouped_matmul, has_kernel
 
 from .attention import linear
 from .config import Config
@@ -43,7 +43,8 @@ class Experts(nnx.Module):
 
 def mlp(p, x):
     """SwiGLU: down(silu(gate(x)) · up(x)); x [..., D]."""
-    return linear(jax.nn.silu(linear(x, p["gate_proj"])) * linear(x, p["up_proj"]), p["down_proj"])
+    gate, up = linear(x, p["gate_proj"], p["up_proj"])
+    return linear(jax.nn.silu(gate) * up, p["down_proj"])
 
 
 def route(c: Config, p, x_ND):
@@ -68,7 +69,7 @@ def route(c: Config, p, x_ND):
 def experts(c: Config, p, stacks, layer, x_BSD, *, implementation="auto", parallel=ALONE):
     """Routed plus shared experts on x [B,S,D]. ``p``: one layer's small weights; ``stacks``: the stacked expert
     matrices (STACKS), read at ``layer`` inside the product; of a divided model this device's experts and columns."""
-    X, held = c.num_experts_per_tok, stacks["down_proj"].shape[1]
+    held = stacks["down_proj"].shape[1]
     all_BSD = parallel.all_tokens(x_BSD, ("expert",))
     x_ND = all_BSD.reshape(-1, x_BSD.shape[-1])
     with jax.named_scope("router"):
@@ -76,16 +77,26 @@ def experts(c: Config, p, stacks, layer, x_BSD, *, implementation="auto", parall
         # Experts of other devices come last and belong to no group.
         local_NX = experts_NX - parallel.first_expert(held)
         local_NX = jnp.where((local_NX >= 0) & (local_NX < held), local_NX, held)
-        order = jnp.argsort(local_NX.reshape(-1), stable=True)
-        group_sizes_E = jnp.bincount(local_NX.reshape(-1), length=held).astype(jnp.int32)
     with jax.named_scope("routed_experts"):
-        product = lambda x, name: grouped_matmul(x, stacks[name], layer, group_sizes_E, implementation=implementation)
-        sorted_MD = x_ND[order // X]
-        y_MD = product(jax.nn.silu(product(sorted_MD, "gate_proj")) * product(sorted_MD, "up_proj"), "down_proj")
-        # Undo the sort and add a token's experts in the router's order: no scatter, so the sum is deterministic.
-        y_NXD = y_MD[jnp.argsort(order)].reshape(*experts_NX.shape, -1).astype(jnp.float32)
-        y_NXD = jnp.where((local_NX < held)[..., None], y_NXD * weights_NX[..., None], 0)
+        y_NXD = _routed(x_ND, [stacks[name] for name in STACKS], layer, local_NX, implementation)
+        # A token's experts are added in the router's order: no scatter, so the sum is deterministic.
+        y_NXD = jnp.where((local_NX < held)[..., None], y_NXD.astype(jnp.float32) * weights_NX[..., None], 0)
         routed_BSD = y_NXD.sum(1).astype(x_BSD.dtype).reshape(all_BSD.shape)
     with jax.named_scope("shared_experts"):
         shared_BSD = mlp(p["shared"], x_BSD)
     return parallel.return_tokens(routed_BSD) + parallel.sum(shared_BSD, "tensor")
+
+
+def _routed(x_ND, stacks, layer, experts_NX, implementation):
+    """SwiGLU of each token by each of its experts, [N,X,D]; undefined where there is no such expert."""
+    gate, up, down = stacks
+    how = dict(implementation=implementation)
+    if has_kernel("expert_matmul", implementation, x_ND, [gate, up], layer, experts_NX):  # decode: nothing to sort
+        gate_NXF, up_NXF = expert_matmul(x_ND, [gate, up], layer, experts_NX, **how)
+        return expert_matmul(jax.nn.silu(gate_NXF) * up_NXF, down, layer, experts_NX, **how)
+    order = jnp.argsort(experts_NX.reshape(-1), stable=True)
+    group_sizes_E = jnp.bincount(experts_NX.reshape(-1), length=down.shape[1]).astype(jnp.int32)
+    product = lambda x, w: grouped_matmul(x, w, layer, group_sizes_E, **how)
+    sorted_MD = x_ND[order // experts_NX.shape[1]]
+    y_MD = product(jax.nn.silu(product(sorted_MD, gate)) * product(sorted_MD, up), down)
+    return y_MD[jnp.argsort(order)].reshape(*experts_NX.shape, -1)

@@ -12,8 +12,8 @@ from .reference import scores_at
 from .row_plan import RowPlan, physical_rows
 
 __all__ = [
-    "RowPlan", "dense_mla", "grouped_matmul", "index_topk", "latent_row_shape", "layer_matmul", "pack_rows", "physical_rows",
-    "plan_rows", "sparse_mla", "unpack_rows",
+    "RowPlan", "dense_mla", "expert_matmul", "grouped_matmul", "has_kernel", "index_topk", "latent_row_shape",
+    "layer_matmul", "pack_rows", "physical_rows", "plan_rows", "sparse_mla", "unpack_rows",
 ]  # fmt: skip
 
 
@@ -108,13 +108,33 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto")
     return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
 
 
-def layer_matmul(x, w_LFD, layer, *, implementation="auto"):
-    """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in x's dtype.
+def layer_matmul(x, w, layer, *, dtype=None, implementation="auto"):
+    """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in ``dtype`` or x's.
 
-    A kernel reads the few rows of a decode step's products in place, at memory speed; "gpu" and "tpu" as in
-    ``grouped_matmul``.
+    ``w``: the stack, or a list of several for a list of products, one launch; stacks [L,H,F,D] are of matrices by head,
+    for x [..., H, D]. A kernel reads the matrices of a decode step's few rows in place, at memory speed; "gpu" and "tpu"
+    as in ``grouped_matmul``.
     """
-    return _where_it_can("layer_matmul", implementation, x, w_LFD, layer)
+    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype)
+
+
+def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"):
+    """Each row of x times a matrix of its own of layer ``layer`` of a stack [L,E,D,F]: [..., F] in ``dtype`` or x's.
+
+    Args:
+      x: [..., D], a row for every entry of ``expert``, or for all entries that share its leading indices.
+      w: the stack, or a list of several for a list of products, one launch.
+      expert: int32 matrix of each row; results of numbers outside 0..E-1 are undefined. None: x is [..., E, D].
+      implementation: as in ``layer_matmul``; the reference copies the matrices of given experts.
+    """
+    return _where_it_can("expert_matmul", implementation, x, w, layer, expert, dtype)
+
+
+def has_kernel(op: str, implementation: str, *args) -> bool:
+    """Whether a kernel would run ``grouped_matmul``, ``layer_matmul`` or ``expert_matmul`` on these arguments."""
+    forced = implementation in ("gpu", "tpu")
+    backends = [implementation] if forced else ["gpu", "tpu"] if implementation == "auto" else []
+    return any(dispatch.reason_against(op, b, *args, forced=forced) is None for b in backends)
 
 
 def _where_it_can(op, implementation, *args):

@@ -24,9 +24,10 @@ _OPS = {
     "dense_mla": {},
     "grouped_matmul": {"gpu": "grouped_matmul_gpu", "tpu": "grouped_matmul_tpu"},
     "layer_matmul": {"gpu": "layer_matmul_gpu"},
+    "expert_matmul": {"gpu": "matvec_gpu"},
 }
 # Kernels that compile but have not run on a device yet: "auto" leaves them out, implementation="gpu" takes them.
-ON_TRIAL = {("grouped_matmul", "gpu"), ("layer_matmul", "gpu")}
+ON_TRIAL = {("grouped_matmul", "gpu"), ("layer_matmul", "gpu"), ("expert_matmul", "gpu")}
 
 
 _TPUS = {

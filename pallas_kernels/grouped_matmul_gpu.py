@@ -16,7 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import matvec_gpu, reference
 
-FEW = 16  # rows up to which each reads its own matrix
 HALF, DEPTH, CHUNK = 64, 64, 64  # rows of a computing warpgroup, of the matrices a stage, columns stored at a time
 ROWS, SMS = 2 * HALF, 132
 RING = 192 * 1024  # bytes of the stages: four at 256 columns, six at 128
@@ -187,13 +186,11 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     """
     if reason := supported(x_ND, w_LEDF, layer, group_sizes_E):
         raise NotImplementedError(reason)
-    (N, D), (L, E, _, F) = x_ND.shape, w_LEDF.shape
-    if N > FEW or F % 256:
+    N, F = x_ND.shape[0], w_LEDF.shape[-1]
+    if N > matvec_gpu.FEW or F % 256:
         return ragged(x_ND, w_LEDF, layer, group_sizes_E)
     expert_N = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(N), side="right", method="compare_all")
-    expert_N = jnp.minimum(expert_N.astype(jnp.int32), E - 1)  # rows of no expert have to read some
-    base_N = (jnp.asarray(layer, jnp.int32) * E + expert_N) * D
-    return matvec_gpu.matvec(x_ND, w_LEDF.reshape(L * E * D, F), base_N)
+    return matvec_gpu.expert_matmul(x_ND, w_LEDF, layer, expert_N.astype(jnp.int32))
 
 
 def _forward(*args):

@@ -189,6 +189,19 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E)
 
 
-def layer_matmul(x, w_LFD, layer):
+def layer_matmul(x, w, layer, dtype=None):
     """See ``pallas_kernels.layer_matmul``."""
-    return jnp.einsum("...d,fd->...f", x, w_LFD[layer])
+    spec = "...d,fd->...f" if jax.tree.leaves(w)[0].ndim == 3 else "...hd,hfd->...hf"
+    return jax.tree.map(lambda w: jnp.einsum(spec, x, w[layer], preferred_element_type=dtype), w)
+
+
+def expert_matmul(x, w, layer, expert=None, dtype=None):
+    """See ``pallas_kernels.expert_matmul``."""
+    if expert is None:
+        product = lambda w: jnp.einsum("...ed,edf->...ef", x, w[layer], preferred_element_type=dtype)
+    else:
+        x = x.reshape(*x.shape[:-1], *(1,) * (expert.ndim - x.ndim + 1), x.shape[-1])
+        product = lambda w: jnp.einsum(
+            "...d,...df->...f", x, w[layer, expert], preferred_element_type=jnp.float32
+        ).astype(dtype or x.dtype)  # fmt: skip
+    return jax.tree.map(product, w)

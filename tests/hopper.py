@@ -37,6 +37,7 @@ def configurations():
         grouped_matmul_gpu,
         index_topk_gpu,
         layer_matmul_gpu,
+        matvec_gpu,
         row_groups_gpu,
         sparse_mla_gpu,
         sparse_mla_grouped_gpu,
@@ -88,6 +89,15 @@ def configurations():
     for N, F, D in ((1, 768, 2048), (1, 5120, 768), (1, 2048, 5120), (1, 2048, 10240), (4, 2048, 5120)):
         args = (spec((N, D)), spec((47, F, D)), layer)
         yield f"layer_matmul {N} x {D} x {F}", layer_matmul_gpu.layer_matmul, args
+    for N in (1, 4):
+        args = (spec((N, 2048)), [spec((47, F, 2048)) for F in (768, 576)], layer)
+        yield f"layer_matmul {N} x 2048 x 768 and 576", layer_matmul_gpu.layer_matmul, args
+        args = (spec((N, 20, 512)), spec((47, 20, 256, 512)), layer)
+        yield f"layer_matmul {N} x 20 heads of 512 x 256", layer_matmul_gpu.layer_matmul, args
+        args = (spec((N, 20, 192)), spec((47, 20, 192, 512)), layer)
+        yield f"expert_matmul {N} x 20 heads of 192 x 512", matvec_gpu.expert_matmul, args
+        args = (spec((N, 2048)), [spec((46, 64, 2048, 1536))] * 2, layer, spec((N, 4), i32))
+        yield f"expert_matmul {N} x 4 experts of 2048 x two of 1536", matvec_gpu.expert_matmul, args
     for dtype in ("bfloat16", "float8_e4m3fn"):
         for name, S, pages in [("prefill", 1024, 512), ("decode", 1, 784)]:
             keys = spec((12, pages * 256, 128), dtype)

@@ -1,5 +1,6 @@
 """The Hopper kernels of grouped_matmul and layer_matmul in GPU interpret mode, against the oracle."""
 
+import collections
 import functools
 
 import jax
@@ -7,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import small_models
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
-from pallas_kernels import dispatch, grouped_matmul_gpu, layer_matmul_gpu, matvec_gpu
+from ic_jax import cache as caches
+from ic_jax import model
+from ic_jax.config import Config
+from pallas_kernels import dispatch, grouped_matmul_gpu, layer_matmul_gpu, matvec_gpu, reference
 
 E, LAYERS = 6, 2
 GROUPS = {  # rows of each expert
@@ -61,10 +66,10 @@ def test_tile_table_covers_every_row_once(name):
 def test_single_rows(splits):
     """Four rows, two of them to one expert; sums of a split and of an unsplit launch."""
     x, w, layer, sizes = inputs([0, 1, 0, 2, 0, 1], 256, 512)
-    base = (layer * E + jnp.asarray([1, 3, 3, 5], jnp.int32)) * 256
-    interpret = plgpu.InterpretGPUParams()
-    got = matvec_gpu.matvec(x, w.reshape(-1, 512), base, splits=splits, interpret=interpret)
-    check(got, x, w, layer, sizes)
+    expert = jnp.asarray([1, 3, 3, 5], jnp.int32)
+    found = matvec_gpu.matvec(x, [w, -w], layer, expert, splits=splits, interpret=plgpu.InterpretGPUParams())
+    for y, sign in zip(found, (1, -1), strict=True):
+        check(sign * y.astype(x.dtype), x, w, layer, sizes)
 
 
 def test_few_and_many_rows_take_their_path_and_differentiate(monkeypatch):
@@ -101,20 +106,24 @@ def test_on_trial_only_when_asked_for():
 
 @pytest.mark.parametrize(("N", "F", "D"), [(1, 48, 768), (3, 24, 256)])
 def test_layer_matmul(monkeypatch, N, F, D):
-    """Several rows a block, and one; D that leaves two and six elements a thread."""
+    """Several rows a block, and one; D that leaves two and six elements a thread; two matrices in a launch."""
     monkeypatch.setattr(layer_matmul_gpu, "BLOCKS", 8)
-    assert layer_matmul_gpu.rows_of_block(F, D) > 1 and layer_matmul_gpu.rows_of_block(5, D) == 1
+    assert layer_matmul_gpu.rows_of_block(D, F) > 1 and layer_matmul_gpu.rows_of_block(D, F, 5) == 1
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((N, D), (3, F, D)))
     run = functools.partial(layer_matmul_gpu.product, interpret=plgpu.InterpretGPUParams())
     want = np.asarray(x, np.float64) @ np.asarray(w[2], np.float64).T
     tolerance = dict(atol=2**-8 * np.abs(want).max(), rtol=2**-8)
-    np.testing.assert_allclose(np.asarray(run(x, w, jnp.int32(2)), np.float64), want, **tolerance)
     for implementation in ("auto", "gpu", "reference"):
         got = pallas_kernels.layer_matmul(x[None], w, 2, implementation=implementation)
         np.testing.assert_allclose(np.asarray(got[0], np.float64), want, **tolerance)
     monkeypatch.setattr(layer_matmul_gpu, "product", run)
-    loss = lambda f: lambda x, w: (f(x, w, jnp.int32(2)).astype(jnp.float32) ** 2).sum()
+    for dtype in (jnp.bfloat16, jnp.float32):
+        got = layer_matmul_gpu.layer_matmul(x, [w[:, :16], w], jnp.int32(2), dtype)
+        for y, columns in zip(got, (want[:, :16], want), strict=True):
+            assert y.dtype == dtype
+            np.testing.assert_allclose(np.asarray(y, np.float64), columns, **tolerance)
+    loss = lambda f: lambda x, w: sum((y.astype(jnp.float32) ** 2).sum() for y in f(x, [w, 2 * w], jnp.int32(2)))
     got = jax.grad(loss(layer_matmul_gpu.layer_matmul), (0, 1))(x, w)
     for a, b in zip(got, jax.grad(loss(pallas_kernels.layer_matmul), (0, 1))(x, w), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -127,3 +136,87 @@ def test_why_layer_matmul_cannot():
     assert why(1, 47, 2048, 5120) is None
     assert "5 rows" in why(5, 47, 2048, 5120)
     assert "multiple of 256" in why(1, 47, 2048, 640)
+
+
+@pytest.mark.parametrize("op", ["layer_matmul", "expert_matmul"])
+def test_products_by_head(monkeypatch, op):
+    """Two rows of three heads, each head its own matrix."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    module, inner, shape = {
+        "layer_matmul": (layer_matmul_gpu, "product", (3, 16, 256)),
+        "expert_matmul": (matvec_gpu, "matvec", (3, 64, 256)),
+    }[op]
+    x, w = draw(2, 3, shape[2 if op == "layer_matmul" else 1]), draw(2, *shape)
+    run = functools.partial(getattr(module, inner), interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(module, inner, run)
+    spec = "bhd,hfd->bhf" if op == "layer_matmul" else "bhd,hdf->bhf"
+    want = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w[1], np.float64))
+    # A CPU adds up products by head in bfloat16.
+    for f, tolerance in ((getattr(module, op), 2**-8), (getattr(pallas_kernels, op), 2**-5)):
+        got = np.asarray(f(x, w, jnp.int32(1)), np.float64)
+        np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=tolerance)
+
+
+def test_experts_of_tokens(monkeypatch):
+    """Two tokens with two experts each: rows shared by neighbours; no such expert: finite; gradients; why not."""
+    x, w, layer, _ = inputs([2], 64, 256)
+    expert = jnp.asarray([[4, 1], [E, 4]], jnp.int32)
+    monkeypatch.setattr(matvec_gpu, "matvec", functools.partial(matvec_gpu.matvec, interpret=plgpu.InterpretGPUParams()))
+    got, twice = matvec_gpu.expert_matmul(x, [w, 2 * w], layer, expert, jnp.float32)
+    want = np.einsum("nd,nxdf->nxf", np.asarray(x, np.float64), np.asarray(w[1], np.float64)[np.minimum(expert, E - 1)])
+    some = np.asarray(expert) < E
+    assert got.dtype == jnp.float32 and np.isfinite(got).all()
+    np.testing.assert_allclose(np.asarray(got)[some], want[some], atol=1e-4 * np.abs(want).max())
+    np.testing.assert_array_equal(2 * got, twice)
+    expert = jnp.minimum(expert, E - 1)
+    loss = lambda f: lambda x, w: (f(x, w, layer, expert).astype(jnp.float32) ** 2).sum()
+    found, wanted = (jax.grad(loss(f), (0, 1))(x, w) for f in (matvec_gpu.expert_matmul, pallas_kernels.expert_matmul))
+    for a, b in zip(found, wanted, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
+    assert "17 rows" in matvec_gpu.supported(x, w, layer, jnp.zeros((17, 1), jnp.int32))
+    assert "64 x 256" in matvec_gpu.supported(x, w[..., :128], layer, expert)
+    assert "bfloat16" in matvec_gpu.supported(x.astype(jnp.float32), w, layer, expert)
+
+
+def test_a_model_of_few_rows_reads_its_weights_in_place(monkeypatch):
+    """Every product that the kernels can take goes there, with the reference's logits and caches."""
+    sizes = dict(
+        hidden_size=256, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=16, v_head_dim=128,
+        intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2, mlp_layer_types=["dense", "sparse"],
+    )  # fmt: skip
+    c = Config.from_hf(small_models.MIXED | sizes)
+    params = model.init_params(c, 1)
+    cache, slots = caches.allocate(c, 1, 2, 16), np.array([0, -1], np.int32)
+    ids, positions = jnp.asarray([[5, 9], [8, 2]]), jnp.asarray([[0, 1], [0, -1]])
+    step = functools.partial(model.forward, params, c, slots, ids, positions, cache)
+    want = step(implementation="reference")
+
+    # The kernels themselves are interpreted above; here they are what they compute.
+    taken, modules = collections.Counter(), {"layer_matmul": layer_matmul_gpu, "expert_matmul": matvec_gpu}
+
+    def product(x_ND, w, layer, dtype):
+        taken["layer_matmul"] += 1
+        x = x_ND if w[0].ndim == 3 else x_ND.reshape(-1, w[0].shape[1], x_ND.shape[-1])
+        return [y.reshape(y.shape[0], -1) for y in reference.layer_matmul(x, w, layer, dtype)]
+
+    def matvec(x_ND, w, layer, expert_N=None):
+        taken["expert_matmul"] += 1
+        if expert_N is None:
+            expert_N = jnp.arange(len(x_ND)) % w[0].shape[1]
+        x_ND = jnp.repeat(x_ND, len(expert_N) // len(x_ND), 0)
+        return reference.expert_matmul(x_ND, w, layer, expert_N, jnp.float32)
+
+    def reason_against(op, backend, *args, forced=False):
+        return modules[op].supported(*args) if op in modules and backend == "gpu" else "left out"
+
+    monkeypatch.setattr(layer_matmul_gpu, "product", product)
+    monkeypatch.setattr(matvec_gpu, "matvec", matvec)
+    monkeypatch.setattr(dispatch, "reason_against", lambda *args, **how: reason_against(*args))
+    got = step(implementation="auto")
+    # A layer's q_a with kv_a, q_b, v_b, o; wk (and its shape), wq_b, weights_proj; two of a SwiGLU. At last the head.
+    assert taken == {"layer_matmul": 2 * (4 + 4 + 2) + 1, "expert_matmul": 2 * 1 + 2}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b)
