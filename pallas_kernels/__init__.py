@@ -132,12 +132,11 @@ def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"
 
 def has_kernel(op: str, implementation: str, *args) -> bool:
     """Whether a kernel would run ``grouped_matmul``, ``layer_matmul`` or ``expert_matmul`` on these arguments."""
-    forced = implementation in ("gpu", "tpu")
-    backends = [implementation] if forced else ["gpu", "tpu"] if implementation == "auto" else []
-    return any(dispatch.reason_against(op, b, *args, forced=forced) is None for b in backends)
+    backends = dict(auto=["gpu", "tpu"], reference=[]).get(implementation, [implementation])
+    return any(dispatch.reason_against(op, b, *args) is None for b in backends)
 
 
 def _where_it_can(op, implementation, *args):
-    if implementation in ("gpu", "tpu") and dispatch.reason_against(op, implementation, *args, forced=True):
+    if implementation in ("gpu", "tpu") and dispatch.reason_against(op, implementation, *args):
         implementation = "auto"
     return dispatch.call(op, implementation, *args)

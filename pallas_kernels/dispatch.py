@@ -26,9 +26,6 @@ _OPS = {
     "layer_matmul": {"gpu": "layer_matmul_gpu"},
     "expert_matmul": {"gpu": "matvec_gpu"},
 }
-# Kernels that compile but have not run on a device yet: "auto" leaves them out, implementation="gpu" takes them.
-ON_TRIAL = {("grouped_matmul", "gpu"), ("layer_matmul", "gpu"), ("expert_matmul", "gpu")}
-
 
 _TPUS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
@@ -93,10 +90,10 @@ def interpreted(params=None):
         _interpreting.reset(token)
 
 
-def reason_against(op: str, backend: str, *args, on: Target | None = None, forced=False, **kwargs) -> str | None:
+def reason_against(op: str, backend: str, *args, on: Target | None = None, **kwargs) -> str | None:
     """Why ``backend`` ("gpu" or "tpu") cannot run ``op`` on these arguments (arrays or ShapeDtypeStructs); None if it can.
 
-    ``on`` is what to answer for, one of CHIPS; None asks for ``target()``. ``forced``: kernels on trial count too.
+    ``on`` is what to answer for, one of CHIPS; None asks for ``target()``.
     """
     if backend not in _OPS[op]:
         return f"no {backend} kernel for {op} yet"
@@ -107,10 +104,7 @@ def reason_against(op: str, backend: str, *args, on: Target | None = None, force
         return f"needs a Hopper GPU (compute capability 9.0), found {chip}"
     if platform == "tpu" and chip not in ("interpreter", *CHIPS):
         return f"needs a TPU v5e, v5p, v6e or v7x, found {chip}"
-    reason = importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
-    if reason is None and not forced and (op, backend) in ON_TRIAL:
-        return f"the kernel has not run on a device yet: only implementation={backend} takes it"
-    return reason
+    return importlib.import_module(f".{_OPS[op][backend]}", __package__).supported(*args, **kwargs)
 
 
 def choose(op: str, implementation: str, *args, **kwargs) -> str:
@@ -125,7 +119,7 @@ def choose(op: str, implementation: str, *args, **kwargs) -> str:
     if implementation == "auto":
         able = [b for b in _OPS[op] if reason_against(op, b, *args, **kwargs) is None]
         return able[0] if able else "reference"
-    reason = reason_against(op, implementation, *args, forced=True, **kwargs)
+    reason = reason_against(op, implementation, *args, **kwargs)
     if reason is not None:
         raise NotImplementedError(f"{op}: implementation={implementation}: {reason}")
     return implementation
