@@ -17,7 +17,6 @@ import argparse
 import copy
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -73,7 +72,7 @@ class Bench:
             self._engine = None  # the old weights go before the new ones come
             self._engine = random_weights.engine(
                 c, Pattern.all_full(c.num_hidden_layers), seed=self.args.seed, neighbours=ratio,
-                prefill_chunk=self.args.prefill_chunk,
+                prefill_chunk=self.args.prefill_chunk, mesh=self.args.mesh,
             )  # fmt: skip
             self._made = c, ratio
         engine = copy.copy(self._engine)
@@ -86,17 +85,17 @@ class Bench:
         from ic_jax import bench_measure, roofline
 
         chip = roofline.chip_of(jax.devices()[0].device_kind)
-        limits = roofline.limits(chip) if chip else None
-        steps = self.steps(engine)
-        rows = bench_measure.measure(steps, patterns, tests, repeats=self.args.repeats, chip=limits, overlap=True)
+        limits = roofline.limits(chip, 1 if engine.mesh is None else engine.mesh.size) if chip else None
+        steps, often = self.steps(engine), dict(repeats=self.args.repeats, seconds=self.args.seconds)
+        rows = bench_measure.measure(steps, patterns, tests, **often, chip=limits, overlap=True)
         return [row.to_json() | dict(compile_seconds=steps.compile_seconds) for row in rows]
 
-    def steps(self, engine):
+    def steps(self, engine, **how):
         """Steps with every indexer; weights are arguments, and all lengths take the longest one's cache: few programs."""
         from ic_jax.bench_measure import Steps
 
         room = self.args.tokens[-1] + self.args.generate
-        steps = Steps(engine, self.all.full_layers, seed=self.args.seed, room=room, static=self.args.static)
+        steps = Steps(engine, self.all.full_layers, seed=self.args.seed, room=room, static=self.args.static, **how)
         steps.programs = self._programs[engine.index_dtype]
         return steps
 
@@ -127,7 +126,7 @@ class Bench:
 
         engine, ratio = self.engine(weights, tokens, FP8)
         n, chunk = min(8, self.args.generate), min(engine.prefill_chunk, tokens)
-        steps, rows = self.steps(engine), []
+        steps, rows = self.steps(engine, profiled=True), []
         steps.reserve(tokens + n)
         steps.prefill(self.all, 0, tokens)
         for pattern in (self.all, self.quarter):
@@ -180,7 +179,8 @@ def about(args) -> dict:
     from ic_jax import info
 
     device = jax.devices()[0].device_kind
-    return dict(preset=args.preset, layers=args.layers, seed=args.seed, device=device, versions=info.versions())
+    shape = dict(preset=args.preset, layers=args.layers, seed=args.seed, mesh=args.mesh)
+    return shape | dict(device=device, versions=info.versions())
 
 
 def run_kind(args, kind: str) -> bool:
@@ -193,6 +193,8 @@ def run_kind(args, kind: str) -> bool:
 
     bench, header = Bench(args), about(args)
     for name, part in bench.parts(kind).items():
+        if not any(name.startswith(start) for start in args.only):
+            continue
         path = args.out / f"{name}.json"
         if path.exists():
             if (other := json.loads(path.read_text())["about"]) != header:
@@ -217,9 +219,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=lengths, default=[10_000, 60_000, 120_000, 200_000])
     parser.add_argument("-n", "--generate", type=int, default=64, help="tokens decoded at each length (64)")
     parser.add_argument("-r", "--repeats", type=int, default=3, help="timed repeats (3)")
+    parser.add_argument("--seconds", type=float, default=20, help="begin no further repeat after so many seconds (20)")
+    parser.add_argument("--mesh", help="divide the model, context=2 for instance (one device)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefill-chunk", type=int, help="tokens of one step (by device)")
     parser.add_argument("--memory-gb", type=float, help="memory for the saturated case (the device's)")
+    names = lambda text: text.split(",")
+    parser.add_argument("--only", type=names, default=[""], help="parts whose names begin like this: table-alike,… (all)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no part later than this")
     parser.add_argument("--static", action="store_true", help="compile each pattern in, rather than pass it as data")
     parser.add_argument("--cache", help="directory of compiled programs, for later calls")
@@ -233,20 +239,14 @@ def main() -> int:
         return e2e_report.write(args.out)
     if args.kind != "all":
         return 0 if run_kind(args, args.kind) else 3
-    # A process for each kind: the breakdown needs another compilation, and memory is handed back in between.
+    # A process for each kind: memory is handed back in between.
     rest, status = [a for a in sys.argv[1:] if a != "all"], 0
     for kind in KINDS:
-        env = os.environ | (dict(XLA_FLAGS=_flags(os.environ.get("XLA_FLAGS", ""))) if kind == "breakdown" else {})
         left = ["--minutes", f"{max(args.until - time.monotonic(), 0) / 60:.3f}"]
-        status = subprocess.run([sys.executable, __file__, kind, *rest, *left], env=env).returncode
+        status = subprocess.run([sys.executable, __file__, kind, *rest, *left]).returncode
         if status:
             break
     return subprocess.run([sys.executable, __file__, "report", *rest]).returncode or status
-
-
-def _flags(flags: str) -> str:
-    """XLA_FLAGS with which events keep the names of their operations: CUDA graphs would take them away."""
-    return f"{flags} --xla_gpu_enable_command_buffer=".strip()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from pallas_kernels import dispatch
+
 from . import model, roofline, sharding
 from .eval_measures import overlap_counts
 from .parallel import cache_specs
@@ -30,12 +32,15 @@ class Steps:
     """Programs over an Engine's weights for ``batch`` sequences of random tokens, and the cache they work on.
 
     layers: the layers that hold the indexers. The pattern is an argument, so one program serves all of them; ``static``
-    compiles each in instead. The cache has room for the tokens of ``reserve``, and for ``room`` at least.
+    compiles each in instead. The cache has room for the tokens of ``reserve``, and for ``room`` at least. profiled: see
+    ``dispatch.compiler_options``.
     """
 
-    def __init__(self, engine, layers: tuple[int, ...], *, batch: int = 1, seed: int = 0, static=False, room: int = 0):
+    def __init__(
+        self, engine, layers: tuple[int, ...], *, batch: int = 1, seed: int = 0, static=False, room: int = 0, profiled=False
+    ):  # fmt: skip
         self.engine, self.config, self.layers, self.batch = engine, engine.config, layers, batch
-        self.seed, self.static, self.room = seed, static, room
+        self.seed, self.static, self.room, self.profiled = seed, static, room, profiled
         self.compile_seconds, self.cache, self.ids_BT = 0.0, None, np.zeros((batch, 0), np.int32)
         self.programs: dict[tuple, jax.stages.Compiled] = {}
         self.latest: dict[tuple, jax.stages.Compiled] = {}
@@ -136,7 +141,8 @@ class Steps:
             began = time.perf_counter()
             step = dict(prefill=prefill, decode=decode, select=select)[kind]
             step = jax.jit(step, donate_argnums=2, **self._placed(results=2 if kind == "decode" else 1))
-            self.programs[key] = step.lower(self.engine.params, slots_L, self.cache, *args).compile()
+            lowered = step.lower(self.engine.params, slots_L, self.cache, *args)
+            self.programs[key] = lowered.compile(dispatch.compiler_options(options["queries"], self.profiled))
             self.compile_seconds += time.perf_counter() - began
         self.latest[kind, static] = self.programs[key]
         return self.programs[key]
@@ -204,12 +210,13 @@ class Row:
 
 def measure(
     steps: Steps, patterns: list[Pattern | str], tests: list[tuple[str, int, int]], *, repeats: int,
-    chip: roofline.Chip | None = None, overlap: bool = False,
+    seconds: float = float("inf"), chip: roofline.Chip | None = None, overlap: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Rows of every test for every pattern, over one cache with room for all; tests are (Row.test, tokens, depth).
 
     The cache is filled to a test's depth by prefilling it, once for all patterns, with every loaded indexer full. Then
-    every program runs once unmeasured, and ``repeats`` rounds over all patterns are timed, so that drift hits all alike.
+    every program runs once unmeasured, and ``repeats`` rounds over all patterns are timed, so that drift hits all alike; no
+    further round of a test begins after ``seconds``.
 
     The indexer's share comes from what each full layer adds to a step (index keys, scores, selection, plan): the
     difference to the pattern with the fewest full layers, times the full layers, over the step's time. Where no two
@@ -242,7 +249,8 @@ def measure(
             warm = functools.partial(run, n=1)
         for pattern in order:
             jax.block_until_ready(warm(pattern))
-        times, shares = _timed(run, order, repeats, functools.partial(steps.overlap, ends=ends) if overlap else None)
+        measure_overlap = functools.partial(steps.overlap, ends=ends) if overlap else None
+        times, shares = _timed(run, order, repeats, seconds, measure_overlap)
         found = [_row(steps, p, test, tokens, depth, times[p], shares.get(p), chip) for p in patterns]
         _indexer_shares(found, times[extra[0]] if extra else None)
         rows += found
@@ -270,15 +278,17 @@ def _compile(steps: Steps, patterns: list, tests: list, chunk: int, overlap: boo
             job.result()
 
 
-def _timed(run: Callable, patterns: list, repeats: int, after: Callable | None) -> tuple[dict, dict]:
-    """({pattern: seconds of every repeat of ``run(pattern)``}, {pattern: ``after(pattern)``, called after its last})."""
-    times, found = {p: [] for p in patterns}, {}
+def _timed(run: Callable, patterns: list, repeats: int, seconds: float, after: Callable | None) -> tuple[dict, dict]:
+    """({pattern: seconds of every repeat of ``run(pattern)``}, {pattern: ``after(pattern)``, called after its first})."""
+    times, found, start = {p: [] for p in patterns}, {}, time.perf_counter()
     for i in range(repeats):
+        if i and time.perf_counter() - start > seconds:
+            break
         for pattern in patterns:
             began = time.perf_counter()
             jax.block_until_ready(run(pattern))
             times[pattern].append(time.perf_counter() - began)
-            if after and i == repeats - 1:
+            if after and not i:
                 found[pattern] = after(pattern)
     return times, found
 

@@ -145,7 +145,7 @@ class Engine:
             return jax.jit(sample).lower(*args).compile()
         step = {"prefill": prefill, "decode": decode}[kind]
         lowered = jax.jit(step, donate_argnums=3, **self._placed(kind, args)).lower(self.params, *args)
-        return lowered.compile(compiler_options=dispatch.compiler_options())
+        return lowered.compile(compiler_options=dispatch.compiler_options(queries))
 
     def _placed(self, kind, args) -> dict:
         """Shardings of a step's arguments and results: what the host gives and takes is on every device."""

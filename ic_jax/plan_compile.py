@@ -83,7 +83,7 @@ def programs(config, pattern, sizes: dict[str, int], chip: str, layout) -> dict[
             )
             start = time.perf_counter()
             lowered = jax.jit(run, donate_argnums=3).trace(weights, ids, ids, caches).lower()
-            compiled = lowered.compile(compiler_options=dispatch.compiler_options())
+            compiled = lowered.compile(compiler_options=dispatch.compiler_options(queries))
             memory = compiled.memory_analysis()
             out[step] = dict(
                 seconds=time.perf_counter() - start,

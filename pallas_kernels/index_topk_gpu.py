@@ -14,7 +14,7 @@ from .reference import canonical
 from .topk_gpu import topk
 
 __all__ = ["index_scores", "index_topk", "supported", "topk"]
-WORKSPACE_BYTES = 512 * 2**20
+WORKSPACE_BYTES = 2**30  # four chunks of 1,024 queries at 200K tokens; with half of it eight, each with a last wave
 UNROLLED_CHUNKS = 8
 
 

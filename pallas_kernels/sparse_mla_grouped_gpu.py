@@ -6,12 +6,9 @@ by owner. Exact: the result is that of the lists one by one.
 
 import jax
 
-from .row_plan import RowPlan, group_size, physical_rows, sort_groups
+from .row_groups_gpu import bitmap_groups
+from .row_plan import RowPlan, group_size, physical_rows
 from .sparse_mla_gpu import BLOCK, LATENT, SMS, WIDTH, Plan, launch, unsupported
-
-# row_groups_gpu.bitmap_groups should take a tenth of the time, but has not run on a device: make it this once
-# `benchmarks/kernels_sparse_mla.py grouped` has found both equal.
-BUILD = sort_groups
 
 
 def supported(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size) -> str | None:
@@ -31,7 +28,7 @@ def plan_rows(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size
     """See `pallas_kernels.plan_rows`: rows, and groups of as many queries as fill a tile."""
     del latent_pool_LMU
     rows_BSK = physical_rows(page_table_BP, positions_BSK, page_size)
-    return RowPlan(rows_BSK, BUILD(positions_BSK, page_table_BP, group_size(heads), page_size=page_size))
+    return RowPlan(rows_BSK, bitmap_groups(positions_BSK, page_table_BP, group_size(heads), page_size=page_size))
 
 
 def sparse_mla_grouped(q_BSHW, latent_pool_LMW, layer, groups, *, scale):
