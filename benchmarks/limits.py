@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     copy: float
 
 
-# bf16 and copy measured (H200: 8192^3 product and device-to-device copy), fp8 the data sheet's.
+# bf16 and copy measured; the H100 is the H200's processor (its own run of this script: 710 TFLOP/s), fp8 the data sheet's.
 MEASURED = {
     "NVIDIA H200": Limits(790e12, 1979e12, 4.3e12),
     "NVIDIA H100 80GB HBM3": Limits(790e12, 1979e12, 3.0e12),
