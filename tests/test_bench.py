@@ -36,7 +36,7 @@ def steps():
 # What is counted
 
 
-@pytest.mark.parametrize(("name", "slots"), [("glm-4.7-flash-dsa", 12), ("glm-5.2", 21), ("deepseek-v3.2", 61), ("demo", 3)])
+@pytest.mark.parametrize(("name", "slots"), [("glm-4.7-flash-dsa", 12), ("glm-5.2", 21), ("deepseek-v3.2", 61), ("demo", 4)])
 def test_counted_parameters_are_those_of_the_model(name, slots):
     c = config.preset(name)
     shapes, _ = model.abstract_params(c, slots)
@@ -224,11 +224,11 @@ ERRORS = [
     (["-d", "512,65500", "-n", "40", "-p", "1"], "-d 65500 and -n 40 need 65540 tokens, the context holds 65536"),
     (["-p", "64", "-d", "64", "--max-context", "100"], "need 128 tokens, the context holds 100"),
     (["--compare", "all-full", "sparse"], "the index pattern may hold only F and S"),
-    (["--compare", "FS"], "has 2 characters, the model has 12 layers"),
+    (["--compare", "FS"], "has 2 characters, the model has 16 layers"),
     (["--compare", "all-full", "uniform:1"], "--compare uniform:1 gives the same pattern as all-full"),
     (["--compare", "dense", "--dense"], "--compare names every pattern"),
     (["--compare", "all-full", "--index-freq", "4"], "--compare names every pattern"),
-    (["--compare", "S" * 12], "layer 0 is S"),
+    (["--compare", "S" * 16], "layer 0 is S"),
     (["--compare", "nosuch.json"], "nosuch.json cannot be read"),
     (["--preset", "nosuch"], "no preset is called 'nosuch'; there are"),
     (["--preset", "demo", "--model", "x"], "leave --model out"),
@@ -290,6 +290,6 @@ def test_json_alone_on_the_demo_model(capsys):
     out, err = capsys.readouterr()
     assert not err and out.count("\n") == 1
     found = json.loads(out)
-    assert found["model"] == "demo" and found["weights"] == "checkpoint" and found["params"] == 10228120
+    assert found["model"] == "demo" and found["weights"] == "checkpoint" and found["params"] == 11906360
     (test,) = found["tests"]
-    assert test["pattern"] == "F" * 12 and test["overlap"] is None and test["roofline"] is None
+    assert test["pattern"] == "F" * 16 and test["overlap"] is None and test["roofline"] is None

@@ -136,7 +136,7 @@ def test_bad_calls_fail_before_anything_runs(lm, call, message):
     ("options", "message"),
     [
         (dict(pattern="FS"), r"--index-pattern has 2 characters, the model has \d+ layers \(this checkpoint ships"),
-        (dict(pattern="S" * 12), "layer 0 is S"),
+        (dict(pattern="S" * 16), "layer 0 is S"),
         (dict(pattern="uniform:2", dense=True), "--dense runs no indexer"),
         (dict(path="/nonexistent/model"), "/nonexistent/model"),
         (dict(dtype="float16"), "dtype must be"),
@@ -154,7 +154,7 @@ def test_bad_loads_fail_before_weights(options, message, monkeypatch):
         ic_jax.load(**options)
 
 
-@pytest.mark.parametrize(("free", "message"), [(10**7, "the weights need 0.0 GB"), (10**8, "context 65536 needs 1.1 GB")])
+@pytest.mark.parametrize(("free", "message"), [(10**7, "the weights need 0.0 GB"), (10**8, "context 65536 needs 1.5 GB")])
 def test_memory_is_checked_before_weights(free, message, monkeypatch):
     monkeypatch.setattr(ic_jax.engine, "_free_bytes", lambda: free)
     monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))

@@ -30,7 +30,7 @@ def test_generate_streams_text_and_keeps_the_pipe_clean():
     done = run("-p", PROMPT, "-m", "8", "--no-chat-template")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert re.fullmatch(r"demo · 12 layers · IndexCache 12 full / 0 shared  F{12} · top-k 64", lines[0])
+    assert re.fullmatch(r"demo · 16 layers · IndexCache 16 full / 0 shared  F{16} · top-k 64", lines[0])
     assert re.fullmatch(r"1 x cpu · index_topk=reference sparse_mla=reference · compiled in [\d.]+ s", lines[1])
     assert lines[2] == lines[3] == "=========="
     assert re.fullmatch(r"Prompt: \d+ tokens, [\d.]+ tokens-per-sec", lines[4])
@@ -48,14 +48,14 @@ def test_json_from_stdin_with_a_pattern(tmp_path):
         "text", "tokens", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "finish_reason", "pattern",
         "peak_memory_gb",
     }  # fmt: skip
-    assert out["pattern"] == "FFFSSSFSSSFS" and out["prompt_tokens"] > 64
+    assert out["pattern"] == "FFFSSSFSSSFSSSFS" and out["prompt_tokens"] > 64
     assert len(out["tokens"]) == out["generation_tokens"] <= 5 and out["finish_reason"] in ("length", "stop")
 
 
 ERRORS = [
     (["-p", ""], "the prompt is empty"),
-    (["-p", "x", "--index-pattern", "F" * 11], "--index-pattern has 11 characters, the model has 12 layers"),
-    (["-p", "x", "--index-pattern", "S" * 12], "layer 0 is S, but there is no earlier F layer to reuse"),
+    (["-p", "x", "--index-pattern", "F" * 15], "--index-pattern has 15 characters, the model has 16 layers"),
+    (["-p", "x", "--index-pattern", "S" * 16], "layer 0 is S, but there is no earlier F layer to reuse"),
     (["-p", "x", "--index-pattern", "FX"], "only F and S"),
     (["-p", "x", "--index-freq", "0"], "must be an integer >= 1"),
     (["-p", "x", "--temp", "-1"], "temperature must be"),

@@ -99,7 +99,7 @@ def test_the_least_mesh_that_fits_is_named(capsys):
         (["--model", "glm-6"], "glm-6 has no config.json"),
         (["--model", "glm-5.2", "--mesh", "tensor=6"], "tensor=6 does not divide 64 attention heads; valid: 1,2,4,8,16"),
         (["--model", "glm-5", "--context", "300000"], "--context 300000 is more than the model's 202752 positions"),
-        (["--index-pattern", "FS"], "has 2 characters, the model has 12 layers"),
+        (["--index-pattern", "FS"], "has 2 characters, the model has 16 layers"),
         (["--mesh", "tensor"], "write axis=size pairs"),
         (["--compile"], "compiles for TPUs"),
         (["--compile", "--chip", "v6e", "--mesh", "context=3"], "a power of two of devices, 4 or more, not 3"),
