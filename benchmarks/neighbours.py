@@ -41,18 +41,17 @@ def main() -> None:
 
         @jax.jit
         def inputs(positions_S, params=params, p=p):
-            h_BSD = attention.rms_norm(params["embed_tokens"][positions_S][None], p["input_layernorm"], c.rms_norm_eps)
-            return h_BSD, attention.rope_tables(c, positions_S[None])
+            tables = attention.rope_tables(c, positions_S[None])
+            h_BSD, qa_BSQ, _, _ = attention.project(c, p, params["embed_tokens"][positions_S][None], tables)
+            return h_BSD, qa_BSQ, tables
 
-        keys = jax.jit(lambda s, inputs=inputs, indexer=indexer: attention.index_keys(c, indexer, *inputs(s))[0])
+        keys = jax.jit(lambda s, inputs=inputs, indexer=indexer: attention.index_keys(c, indexer, *inputs(s)[::2])[0])
         blocks = [keys(jnp.arange(s, min(s + 4096, c.vocab_size))) for s in range(0, c.vocab_size, 4096)]
         keys_TJ = jnp.concatenate(blocks)
 
         @jax.jit
         def scores(positions_S, inputs=inputs, p=p, indexer=indexer, keys_TJ=keys_TJ):
-            h_BSD, tables = inputs(positions_S)
-            qa_BSQ, _, _ = attention.project(c, p, h_BSD, tables)
-            q_BSIJ, w_BSI = attention.index_queries(c, indexer, h_BSD, qa_BSQ, tables)
+            q_BSIJ, w_BSI = attention.index_queries(c, indexer, *inputs(positions_S))
             return reference.index_scores(q_BSIJ[0], w_BSI[0], keys_TJ)
 
         for tokens in args.tokens:

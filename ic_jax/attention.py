@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import expert_matmul, layer_matmul
+from pallas_kernels import expert_matmul, layer_matmul, rms_norm
 
 from .config import Config
 
@@ -46,13 +46,6 @@ class Indexer(nnx.Module):
         self.weights_proj = init.normal((n, I, D), (None, None, "embed"))
 
 
-def rms_norm(x, weight, eps: float):
-    """x / rms(x) · weight over the last axis: statistics in float32, result in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight
-
-
 def layer_norm(x, weight, bias, eps: float = 1e-6):
     """LayerNorm over the last axis, float32 throughout."""
     x = x.astype(jnp.float32)
@@ -61,7 +54,7 @@ def layer_norm(x, weight, bias, eps: float = 1e-6):
 
 
 class Stacked(NamedTuple):
-    """Matrix ``layer`` of a stack that nobody has sliced: the kernels of a decode step read it in place."""
+    """Matrix or vector ``layer`` of a stack that nobody has sliced: the kernels of a decode step read it in place."""
 
     stack: jax.Array
     layer: jax.Array | int
@@ -71,10 +64,21 @@ class Stacked(NamedTuple):
     def of(cls, weight) -> Stacked:
         return weight if isinstance(weight, cls) else cls(weight[None], 0, "reference")
 
+    @property
+    def value(self):
+        return self.stack[self.layer]
+
+
+class Norm(NamedTuple):
+    """An rms_norm still to be done: its weight, an array or Stacked, and eps."""
+
+    weight: jax.Array | Stacked
+    eps: float
+
 
 def at_layer(params: dict, layer, implementation: str) -> dict:
-    """One layer's weights of stacked ``params``: vectors are sliced, matrices Stacked."""
-    return jax.tree.map(lambda a: a[layer] if a.ndim == 2 else Stacked(a, layer, implementation), params)
+    """One layer's weights of stacked ``params``, each Stacked."""
+    return jax.tree.map(lambda a: Stacked(a, layer, implementation), params)
 
 
 def linear(x, *weights, dtype=None):
@@ -85,6 +89,17 @@ def linear(x, *weights, dtype=None):
     stacks, (layer, *_), (implementation, *_) = zip(*map(Stacked.of, weights), strict=True)
     y = layer_matmul(x, list(stacks), layer, dtype=dtype, implementation=implementation)
     return y if len(y) > 1 else y[0]
+
+
+def norm_linear(x, norm: Norm | None, *weights, dtype=None):
+    """(the normed x, ``linear`` of it in a list), one launch in decode; without a norm, x is normed already."""
+    stacks, (layer, *_), (implementation, *_) = zip(*map(Stacked.of, weights), strict=True)
+    how = dict(dtype=dtype, implementation=implementation)
+    if norm is None:
+        return x, layer_matmul(x, list(stacks), layer, **how)
+    weight = Stacked.of(norm.weight)
+    y, x = layer_matmul(x, list(stacks), layer, norm=(weight.stack, weight.layer), eps=norm.eps, **how)
+    return x, y
 
 
 def rope_tables(c: Config, positions_BS):
@@ -103,21 +118,23 @@ def rope(x, tables, interleave: bool):
     return out.astype(x.dtype)
 
 
-def project(c: Config, p, h_BSD, tables):
-    """(normed query latent [B,S,Q], absorbed queries [B,S,H,U], latent cache rows [B,S,U]) of one layer."""
-    B, S, _ = h_BSD.shape
+def project(c: Config, p, x_BSD, tables):
+    """What one layer makes of its input: (normed input [B,S,D], normed query latent [B,S,Q], absorbed queries
+    [B,S,H,U], latent cache rows [B,S,U])."""
+    B, S, _ = x_BSD.shape
     N, C = c.qk_nope_head_dim, c.kv_lora_rank
     with jax.named_scope("q_proj"):
-        qa, kv = linear(h_BSD, p["q_a_proj"], p["kv_a_proj_with_mqa"])
-        qa_BSQ = rms_norm(qa, p["q_a_layernorm"], 1e-6)
-        q = linear(qa_BSQ, p["q_b_proj"]).reshape(B, S, -1, N + c.qk_rope_head_dim)
+        norm = Norm(p["input_layernorm"], c.rms_norm_eps)
+        h_BSD, (qa, kv) = norm_linear(x_BSD, norm, p["q_a_proj"], p["kv_a_proj_with_mqa"])
+        qa_BSQ, (q,) = norm_linear(qa, Norm(p["q_a_layernorm"], 1e-6), p["q_b_proj"])
+        q = q.reshape(B, S, -1, N + c.qk_rope_head_dim)
         stack, layer, implementation = Stacked.of(p["k_b_proj"])
-        q_latent = expert_matmul(q[..., :N], stack, layer, implementation=implementation)
+        q_latent = expert_matmul(q, stack, layer, implementation=implementation)  # of the first N columns
         q_BSHU = jnp.concatenate([q_latent, rope(q[..., N:], tables, c.rope_interleave)], -1)
     with jax.named_scope("kv_proj"):
-        latent = rms_norm(kv[..., :C], p["kv_a_layernorm"], 1e-6)
+        latent = rms_norm(kv[..., :C], Stacked.of(p["kv_a_layernorm"]).value, 1e-6)
         latent_BSU = jnp.concatenate([latent, rope(kv[..., C:], tables, c.rope_interleave)], -1)
-    return qa_BSQ, q_BSHU, latent_BSU
+    return h_BSD, qa_BSQ, q_BSHU, latent_BSU
 
 
 def output(p, o_BSHC):
@@ -139,7 +156,8 @@ def index_queries(c: Config, p, h_BSD, qa_BSQ, tables):
 
 def index_keys(c: Config, p, h_BSD, tables):
     """Indexer keys [B,S,J] in h's dtype."""
-    k = layer_norm(linear(h_BSD, p["wk"]), p["k_norm_weight"], p["k_norm_bias"]).astype(h_BSD.dtype)
+    weight, bias = (Stacked.of(p[name]).value for name in ("k_norm_weight", "k_norm_bias"))
+    k = layer_norm(linear(h_BSD, p["wk"]), weight, bias).astype(h_BSD.dtype)
     R = c.qk_rope_head_dim
     return jnp.concatenate([rope(k[..., :R], tables, c.indexer_rope_interleave), k[..., R:]], -1)
 

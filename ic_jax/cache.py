@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import latent_row_shape, pack_rows
 
@@ -53,7 +54,25 @@ class Cache:
         """With ``latent_BSU`` in the rows ``rows_BS`` of ``layer``; what is out of range is dropped."""
         pool = self.latent_LMU
         packed = pack_rows(latent_BSU.astype(pool.dtype), pool.shape[2:])
-        return self.replace(latent_LMU=pool.at[layer, rows_BS].set(packed, mode="drop"))
+        return self.replace(latent_LMU=_written(pool, layer, rows_BS, packed))
+
+    def write_index_keys(self, slot, rows_BS, keys_BSJ, scales_BS=None) -> Cache:
+        """With index keys (and their scales) in the rows ``rows_BS`` of ``slot``; what is out of range is dropped."""
+        cache = self.replace(index_keys_GMJ=_written(self.index_keys_GMJ, slot, rows_BS, keys_BSJ))
+        if scales_BS is None:
+            return cache
+        return cache.replace(index_scales_GM=_written(self.index_scales_GM, slot, rows_BS, scales_BS))
+
+
+def _written(pool, layer, rows_BS, values):
+    """The pool with ``values`` [B,S,...] in rows of a layer. One row is written along with one that is dropped: XLA's
+    GPU compiler makes two or three launches of a scatter of one, and one of any other."""
+    rows, values = rows_BS.reshape(-1), values.reshape(-1, *values.shape[2:])
+    if len(rows) == 1:
+        values = lax.optimization_barrier(values)
+        rows, values = jnp.append(rows, pool.shape[1]), jnp.concatenate([values, jnp.zeros_like(values)])
+    rows = jnp.where(rows < pool.shape[1], rows, pool.shape[1] + jnp.arange(len(rows)))  # no two alike, dropped or not
+    return pool.at[layer, rows].set(values, mode="drop", unique_indices=True)
 
 
 def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:

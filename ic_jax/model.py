@@ -237,11 +237,12 @@ def run_layers(
     def layer_step(kind, full, earlier, layer, carry):
         x_BSD, plan, cache = carry
         # Looked up by arithmetic: XLA's GPU compiler would start a slice apart from a layer's other kernels.
-        slot, nth = jnp.where(jnp.arange(len(slots_L)) == layer, slots_L, 0).sum(), layer - earlier
+        here_L, nth = jnp.arange(len(slots_L)) == layer, layer - earlier
+        slot = jnp.where(here_L, slots_L, 0).sum()
+        full = (here_L & (slots_L >= 0)).any() if full is None else full
         at = 0 if scratch else layer
         p = attention.at_layer(params["layers"], layer, implementation)
-        h_BSD = rms_norm(x_BSD, p["input_layernorm"], c.rms_norm_eps)
-        qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, h_BSD, tables)
+        h_BSD, qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, x_BSD, tables)
         with jax.named_scope("write_latent"):
             cache = cache.write_latents(at, rows_BS, parallel.all_tokens(latent_BSU))
             pool, at = parallel.pool(cache.latent_LMU, at)
@@ -256,18 +257,17 @@ def run_layers(
                 o_BSHC, lse_BSH = sparse_mla(q_BSHU, pool, at, plan.rows, **kernel)
         o_BSHC = parallel.merge_outputs(o_BSHC, lse_BSH)
         x_BSD = x_BSD + parallel.sum(attention.output(p, o_BSHC), "tensor")
-        h_BSD = rms_norm(x_BSD, p["post_attention_layernorm"], c.rms_norm_eps)
+        norm = attention.Norm(p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
             if kind == "dense":
-                y_BSD = moe.mlp(attention.at_layer(params["dense"], nth, implementation), h_BSD)
+                y_BSD = moe.mlp(attention.at_layer(params["dense"], nth, implementation), x_BSD, norm)
                 x_BSD = x_BSD + parallel.sum(y_BSD, "tensor")
             else:
                 stacks = {k: params["experts"][k] for k in moe.STACKS}
                 p = {k: v for k, v in params["experts"].items() if k not in stacks}
                 p = attention.at_layer(p, nth, implementation)
-                p["gate"] = params["experts"]["gate"][nth]  # a float32 product
                 how = dict(implementation=implementation, parallel=parallel)
-                x_BSD = x_BSD + moe.experts(c, p, stacks, nth, h_BSD, **how)
+                x_BSD = x_BSD + moe.experts(c, p, stacks, nth, x_BSD, norm, **how)
         return (x_BSD, plan, cache), plan.positions_BSK if keep_selections else None
 
     selections, slots_L = [], jnp.asarray(slots, jnp.int32)
@@ -295,11 +295,11 @@ def run_layers(
 def _refresh(
     c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, pages_BP, seen_BS, rows_BS, implementation, parallel
 ):
-    """Plan and cache after the indexer of an F layer; unchanged when ``full`` is None and this layer's slot is -1."""
+    """Plan and cache after the indexer of an F layer; unchanged where ``full`` is data and says that this is none."""
     quantized = cache.index_scales_GM is not None
     at = slot if cache.index_keys_GMJ.shape[0] == params["indexer"]["wk"].shape[0] else 0
-    weights = lambda: attention.at_layer(params["indexer"], jnp.maximum(slot, 0), implementation)
-    if_full = lambda do, otherwise: do() if full else lax.cond(slot >= 0, do, otherwise)
+    weights = lambda: attention.at_layer(params["indexer"], slot, implementation)
+    if_full = lambda do, otherwise: do() if full is True else lax.cond(full, do, otherwise)
 
     def keys():
         k_BSJ = attention.index_keys(c, weights(), h_BSD, tables)
@@ -310,10 +310,8 @@ def _refresh(
         zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(keys))
         k_BSJ, scale_BS = if_full(keys, zeros)
         # The pool is written outside the branch, which would copy it; an S layer's rows are out of range and dropped.
-        rows_BS = jnp.where(slot >= 0, rows_BS, cache.latent_LMU.shape[1])
-        cache = cache.replace(index_keys_GMJ=cache.index_keys_GMJ.at[at, rows_BS].set(k_BSJ, mode="drop"))
-        if quantized:
-            cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[at, rows_BS].set(scale_BS, mode="drop"))
+        rows_BS = jnp.where(full, rows_BS, cache.latent_LMU.shape[1])
+        cache = cache.write_index_keys(at, rows_BS, k_BSJ, scale_BS)
 
     def select():
         # The indexer's heads are not divided: in prefill each tensor rank selects for its share of the queries.

@@ -5,16 +5,19 @@ The router is DeepSeek-V3's "noaux_tc": sigmoid scores, a bias that only steers 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import expert_matmul, grouped_matmul, has_kernel
 
-from .attention import linear
+from .attention import Stacked, linear, norm_linear
 from .config import Config
 from .parallel import ALONE
 
+FEW = 16  # tokens of a call, up to which launches cost more than arithmetic
 STACKS = ("gate_proj", "up_proj", "down_proj")  # the matrices of the routed experts
 
 
@@ -41,49 +44,69 @@ class Experts(nnx.Module):
         self.shared = Mlp(c, n, F * c.n_shared_experts, init)
 
 
-def mlp(p, x):
-    """SwiGLU: down(silu(gate(x)) · up(x)); x [..., D]."""
-    gate, up = linear(x, p["gate_proj"], p["up_proj"])
+def mlp(p, x, norm=None):
+    """SwiGLU: down(silu(gate(x)) · up(x)); x [..., D], normed first where a Norm is given."""
+    _, (gate, up) = norm_linear(x, norm, p["gate_proj"], p["up_proj"])
     return linear(jax.nn.silu(gate) * up, p["down_proj"])
 
 
-def route(c: Config, p, x_ND):
-    """The experts each token goes to, int32 [N, X], and their float32 weights [N, X]."""
+def route(c: Config, p, logits_NE):
+    """The experts each token goes to, int32 [N, X], and their float32 weights [N, X], from the router's product."""
     E = c.n_routed_experts
-    logits = jnp.einsum("nd,ed->ne", x_ND.astype(jnp.float32), p["gate"].astype(jnp.float32), precision="highest")
-    scores_NE = jax.nn.sigmoid(logits)
-    biased_NE = scores_NE + p["e_score_correction_bias"]
+    scores_NE = jax.nn.sigmoid(logits_NE)
+    biased_NE = scores_NE + Stacked.of(p["e_score_correction_bias"]).value
     if c.n_group > 1:
         groups = biased_NE.reshape(-1, c.n_group, E // c.n_group)
         group_scores = jax.lax.top_k(groups, min(2, E // c.n_group))[0].sum(-1)
         _, kept = jax.lax.top_k(group_scores, c.topk_group)
         keep = jax.nn.one_hot(kept, c.n_group, dtype=jnp.bool_).any(1)
         biased_NE = jnp.where(keep[..., None], groups, -jnp.inf).reshape(-1, E)
-    _, experts_NX = jax.lax.top_k(biased_NE, c.num_experts_per_tok)
-    weights_NX = jnp.take_along_axis(scores_NE, experts_NX, -1)
+    experts_NX, weights_NX = _top(biased_NE, scores_NE, c.num_experts_per_tok)
     if c.norm_topk_prob:
-        weights_NX = weights_NX / (weights_NX.sum(-1, keepdims=True) + 1e-20)
+        weights_NX = weights_NX / (_sum(weights_NX)[:, None] + 1e-20)
     return experts_NX, weights_NX * c.routed_scaling_factor
 
 
-def experts(c: Config, p, stacks, layer, x_BSD, *, implementation="auto", parallel=ALONE):
-    """Routed plus shared experts on x [B,S,D]. ``p``: one layer's small weights; ``stacks``: the stacked expert
-    matrices (STACKS), read at ``layer`` inside the product; of a divided model this device's experts and columns."""
-    held = stacks["down_proj"].shape[1]
-    all_BSD = parallel.all_tokens(x_BSD, ("expert",))
-    x_ND = all_BSD.reshape(-1, x_BSD.shape[-1])
+def _top(biased_NE, scores_NE, k: int):
+    """The k experts of the largest biased scores as ``lax.top_k`` orders them, int32 [N, k], and their scores."""
+    N, E = biased_NE.shape
+    if N > FEW:
+        _, experts_NX = jax.lax.top_k(biased_NE, k)
+        return experts_NX, jnp.take_along_axis(scores_NE, experts_NX, -1)
+    # Ranks by counting: fewer and shorter launches than a sort.
+    expert_E, one, other = jnp.arange(E, dtype=jnp.int32), biased_NE[:, :, None], biased_NE[:, None, :]
+    ahead_NEE = (other > one) | ((other == one) & (expert_E < expert_E[:, None]))
+    is_NXE = ahead_NEE.sum(-1, dtype=jnp.int32)[:, None] == jnp.arange(k)[:, None]
+    return tuple(jnp.where(is_NXE, a, 0).sum(-1) for a in (expert_E, scores_NE[:, None]))
+
+
+def _sum(a_NX):
+    """The sum over a token's experts, one by one: unlike a reduction, XLA fuses that with what comes next."""
+    return functools.reduce(jnp.add, [a_NX[:, i] for i in range(a_NX.shape[1])])
+
+
+def experts(c: Config, p, stacks, layer, x_BSD, norm=None, *, implementation="auto", parallel=ALONE):
+    """Routed plus shared experts on x [B,S,D], normed first where a Norm is given.
+
+    ``p``: one layer's small weights; ``stacks``: the stacked expert matrices (STACKS), read at ``layer`` inside the
+    product; of a divided model this device's experts and columns."""
+    held, shared = stacks["down_proj"].shape[1], p["shared"]
     with jax.named_scope("router"):
-        experts_NX, weights_NX = route(c, p, x_ND)
-        # Experts of other devices come last and belong to no group.
-        local_NX = experts_NX - parallel.first_expert(held)
-        local_NX = jnp.where((local_NX >= 0) & (local_NX < held), local_NX, held)
+        products = shared["gate_proj"], shared["up_proj"], p["gate"]
+        h_BSD, (gate, up, logits_BSE) = norm_linear(x_BSD, norm, *products, dtype=(None, None, jnp.float32))
+        x_ND, logits_NE = (parallel.all_tokens(a, ("expert",)).reshape(-1, a.shape[-1]) for a in (h_BSD, logits_BSE))
+        experts_NX, weights_NX = route(c, p, logits_NE)
+        local_NX = experts_NX
+        if held < c.n_routed_experts:  # experts of other devices come last and belong to no group
+            local_NX = experts_NX - parallel.first_expert(held)
+            local_NX = jnp.where((local_NX >= 0) & (local_NX < held), local_NX, held)
     with jax.named_scope("routed_experts"):
         y_NXD = _routed(x_ND, [stacks[name] for name in STACKS], layer, local_NX, implementation)
         # A token's experts are added in the router's order: no scatter, so the sum is deterministic.
         y_NXD = jnp.where((local_NX < held)[..., None], y_NXD.astype(jnp.float32) * weights_NX[..., None], 0)
-        routed_BSD = y_NXD.sum(1).astype(x_BSD.dtype).reshape(all_BSD.shape)
+        routed_BSD = _sum(y_NXD).astype(x_BSD.dtype).reshape(x_BSD.shape[0], -1, x_BSD.shape[2])
     with jax.named_scope("shared_experts"):
-        shared_BSD = mlp(p["shared"], x_BSD)
+        shared_BSD = linear(jax.nn.silu(gate) * up, shared["down_proj"])
     return parallel.return_tokens(routed_BSD) + parallel.sum(shared_BSD, "tensor")
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from . import dispatch
 from .layout import latent_row_shape, pack_rows, unpack_rows
-from .reference import scores_at
+from .reference import rms_norm, scores_at
 from .row_plan import RowPlan, physical_rows
 
 __all__ = [
     "RowPlan", "dense_mla", "expert_matmul", "grouped_matmul", "has_kernel", "index_topk", "latent_row_shape",
-    "layer_matmul", "pack_rows", "physical_rows", "plan_rows", "sparse_mla", "unpack_rows",
+    "layer_matmul", "pack_rows", "physical_rows", "plan_rows", "rms_norm", "sparse_mla", "unpack_rows",
 ]  # fmt: skip
 
 
@@ -108,21 +108,28 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto")
     return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
 
 
-def layer_matmul(x, w, layer, *, dtype=None, implementation="auto"):
+def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, implementation="auto"):
     """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in ``dtype`` or x's.
 
-    ``w``: the stack, or a list of several for a list of products, one launch; stacks [L,H,F,D] are of matrices by head,
-    for x [..., H, D]. A kernel reads the matrices of a decode step's few rows in place, at memory speed; "gpu" and "tpu"
-    as in ``grouped_matmul``.
+    A kernel reads the matrices of a decode step's few rows in place, at memory speed.
+
+    Args:
+      w: the stack, or a list of several for a list of products, one launch; stacks [L,H,F,D] are of matrices by head,
+        for x [..., H, D].
+      dtype: one for all products, or a tuple of theirs.
+      norm: (weights [L,D], layer); then it is ``rms_norm(x, weights[layer], eps)`` that is multiplied, and the result is
+        (product or products, normed x).
+      implementation: "gpu" and "tpu" as in ``grouped_matmul``.
     """
-    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype)
+    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype, norm, eps)
 
 
 def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"):
     """Each row of x times a matrix of its own of layer ``layer`` of a stack [L,E,D,F]: [..., F] in ``dtype`` or x's.
 
     Args:
-      x: [..., D], a row for every entry of ``expert``, or for all entries that share its leading indices.
+      x: [..., D], a row for every entry of ``expert``, or for all entries that share its leading indices. Columns past D
+        are left out.
       w: the stack, or a list of several for a list of products, one launch.
       expert: int32 matrix of each row; results of numbers outside 0..E-1 are undefined. None: x is [..., E, D].
       implementation: as in ``layer_matmul``; the reference copies the matrices of given experts.

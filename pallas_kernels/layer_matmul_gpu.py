@@ -1,7 +1,8 @@
 """Dense products of one or a few rows on Hopper, at memory speed, from stacked weights read in place by layer.
 
 A block of one warpgroup takes a few rows of a matrix [F, D], loads all of them at once, multiplies by x and sums over
-its threads. Rows a block: so many that all blocks run at the same time. Matrices of one x share a launch.
+its threads. Rows a block: so many that all blocks run at the same time. Matrices of one x share a launch, and so does
+the norm of x, which every block does for itself while its rows are on their way.
 """
 
 import functools
@@ -28,29 +29,48 @@ def rows_of_block(D, *F):
     return rows
 
 
-def _kernel(x_ND, layer_1, *refs, rows, layout):
-    """The kernel body; refs: matrices [layers * F, D] and as many results [N, F]; x has rows of every head."""
+def _kernel(x_ND, layer_1, *refs, rows, layout, count, eps):
+    """The kernel body; refs: `count` matrices [layers * F, D] and as many results [N, F]; x has rows of every head.
+
+    With a norm, its weights [layers, D] and layer stand before the matrices, the normed x [N, D] after the results.
+    """
     block, begin = lax.axis_index("block"), 0
+    norm, w, y, normed = refs[: -2 * count - 1], refs[-2 * count - 1 : -count - 1], refs[-count - 1 : -1], refs[-1]
+    if not norm:
+        w, y = refs[:count], refs[count:]
+
+    def load_x(row):
+        x = plgpu.load(x_ND.at[row], layout=layout).astype(jnp.float32)
+        if not norm:
+            return x
+        # As reference.rms_norm: rounded before and after the weights.
+        scale = lax.rsqrt(jnp.sum(x * x) / x.shape[0] + eps)
+        weight = plgpu.load(norm[0].at[norm[1][0]], layout=layout).astype(jnp.float32)
+        x = ((x * scale).astype(x_ND.dtype).astype(jnp.float32) * weight).astype(x_ND.dtype)
+        pl.when(block == 0)(lambda: plgpu.store(normed.at[row], x))
+        return x.astype(jnp.float32)
 
     def multiply(first, w_MD, y_NF):
         N, F = y_NF.shape
         heads = x_ND.shape[0] // N
         w = [plgpu.load(w_MD.at[layer_1[0] * F + first + r], layout=layout) for r in range(rows)]
         for n in range(N):
-            x = plgpu.load(x_ND.at[n * heads + lax.div(first, F // heads)], layout=layout).astype(jnp.float32)
+            x = load_x(n * heads + lax.div(first, F // heads))
             for r in range(rows):
                 y_NF[n, first + r] = jnp.sum(w[r].astype(jnp.float32) * x).astype(y_NF.dtype)
 
-    for w_MD, y_NF in zip(refs[: len(refs) // 2], refs[len(refs) // 2 :], strict=True):
+    for w_MD, y_NF in zip(w, y, strict=True):
         end = begin + y_NF.shape[1] // rows
         mine = (block >= begin) & (block < end)
         pl.when(mine)(functools.partial(multiply, (block - begin) * rows, w_MD, y_NF))
         begin = end
 
 
-def supported(x, w, layer, dtype=None) -> str | None:
+def supported(x, w, layer, dtype=None, norm=None, eps=None) -> str | None:
     """Why layer_matmul cannot take these arguments on a Hopper GPU, or None."""
-    del layer, dtype
+    del layer, dtype, eps
+    if norm is not None and norm[0].dtype != jnp.bfloat16:
+        return f"needs bfloat16, got norm weights of {norm[0].dtype}"
     D = x.shape[-1]
     for stack in jax.tree.leaves(w):
         N, rows = x.size // math.prod(stack.shape[1:-2]) // D, stack.size // D
@@ -63,45 +83,54 @@ def supported(x, w, layer, dtype=None) -> str | None:
     return None
 
 
-def product(x_ND, w, layer, dtype, *, interpret=None):
+def product(x_ND, w, layer, dtypes, norm=None, eps=None, *, interpret=None):
     """x [N, D] times the transpose of each w[layer] of the list, [F, D] or [heads, F, D] for rows of x in turn.
 
-    [N, F] or [N / heads, heads * F], float32 sums, one launch.
+    [N, F] or [N / heads, heads * F], float32 sums, one launch. With norm (weights [L, D], layer): of the normed x, which
+    is the last result.
     """
     D, F, heads = x_ND.shape[1], [math.prod(a.shape[1:-1]) for a in w], math.prod(w[0].shape[1:-2])
     N, rows = x_ND.shape[0] // heads, rows_of_block(D, *(f // heads for f in F))
     vec = next(v for v in (8, 4, 2) if D % (128 * v) == 0)
+    one = lambda layer: jnp.asarray(layer, jnp.int32).reshape(1)
+    given, normed = ([], []) if norm is None else ([norm[0], one(norm[1])], [jax.ShapeDtypeStruct((N, D), x_ND.dtype)])
+    layout = plgpu.Layout.WG_STRIDED((D,), vec_size=vec)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, rows=rows, layout=plgpu.Layout.WG_STRIDED((D,), vec_size=vec)),
-        out_type=[jax.ShapeDtypeStruct((N, f), dtype) for f in F],
+        functools.partial(_kernel, rows=rows, layout=layout, count=len(w), eps=eps),
+        out_type=[jax.ShapeDtypeStruct((N, f), d) for f, d in zip(F, dtypes, strict=True)] + normed,
         grid=(sum(F) // rows,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
-    return kernel(x_ND, jnp.asarray(layer, jnp.int32).reshape(1), *(a.reshape(-1, D) for a in w))
+    return kernel(x_ND, one(layer), *given, *(a.reshape(-1, D) for a in w))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_matmul(x, w, layer, dtype=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
+def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None):
     """See `pallas_kernels.layer_matmul`; float32 sums. Raises NotImplementedError with the reason of `supported`.
 
     The gradient is the reference's.
     """
-    if reason := supported(x, w, layer, dtype):
+    if reason := supported(x, w, layer, dtype, norm):
         raise NotImplementedError(reason)
     stacks, tree = jax.tree.flatten(w)
-    y = product(x.reshape(-1, x.shape[-1]), stacks, layer, dtype or x.dtype)
-    return tree.unflatten(a.reshape(*x.shape[:-1], -1) for a in y)
+    dtypes = [d or x.dtype for d in reference.each(dtype, stacks)]
+    y = product(x.reshape(-1, x.shape[-1]), stacks, layer, dtypes, norm, eps)
+    y = [a.reshape(*x.shape[:-1], -1) for a in y]
+    return tree.unflatten(y) if norm is None else (tree.unflatten(y[:-1]), y[-1])
 
 
-def _forward(x, w, layer, dtype):
-    return layer_matmul(x, w, layer, dtype), (x, w, layer)
+def _forward(x, w, layer, dtype, norm, eps):
+    return layer_matmul(x, w, layer, dtype, norm, eps), (x, w, layer, norm)
 
 
-def _backward(dtype, args, dy):
-    x, w, layer = args
-    return *jax.vjp(lambda x, w: reference.layer_matmul(x, w, layer, dtype), x, w)[1](dy), None
+def _backward(dtype, eps, args, dy):
+    x, w, layer, norm = args
+    weights, at = norm or (None, None)
+    f = lambda x, w, weights: reference.layer_matmul(x, w, layer, dtype, norm and (weights, at), eps)
+    dx, dw, d_weights = jax.vjp(f, x, w, weights)[1](dy)
+    return dx, dw, None, norm and (d_weights, None)
 
 
 layer_matmul.defvjp(_forward, _backward)

@@ -28,12 +28,12 @@ def plan(N, D, F):
     return slab, next((s for s in fits if N * (F // slab) * s >= 2 * SMS), steps)
 
 
-def _kernel(x_ND, layer_1, *refs, sums, ready, depth, slab, experts, count):
+def _kernel(x_ND, layer_1, *refs, sums, ready, depth, slab, D, experts, count):
     """The kernel body; refs: each row's expert, unless they go by turns, `count` stacks [layers * experts * D, F], and
     as many results [splits, N, F]. sums [warpgroups, slab] float32 is shared."""
     n, which, column, split, wg = (lax.axis_index(a) for a in ("row", "stack", "slab", "split", "wg"))
     expert_N, stacks, outs = refs[: -2 * count], refs[-2 * count : -count], refs[-count:]
-    rows, (N, D) = outs[0].shape[1], x_ND.shape
+    rows, N = outs[0].shape[1], x_ND.shape[0]
     expert = jnp.clip(expert_N[0][n], 0, experts - 1) if expert_N else lax.rem(n, experts)
     x_row, columns = lax.div(n, rows // N), column * slab
     first = (split * WARPGROUPS + wg) * depth
@@ -66,15 +66,15 @@ def _kernel(x_ND, layer_1, *refs, sums, ready, depth, slab, experts, count):
 def matvec(x_ND, w, layer, expert_N=None, *, splits=None, interpret=None):
     """Each expert's row times its matrix of w[layer], for every stack [L, E, D, F] of the list w: float32 [N, F].
 
-    Rows of x are shared by as many neighbours of expert_N; None: they go to expert 0, 1, ... by turns. D is a multiple of
-    64, F of 256.
+    Rows of x are shared by as many neighbours of expert_N; None: they go to expert 0, 1, ... by turns. D, up to the width
+    of x, is a multiple of 64, F of 256.
     """
-    D, (L, E, _, F) = x_ND.shape[1], w[0].shape
+    L, E, D, F = w[0].shape
     N = len(x_ND) if expert_N is None else len(expert_N)
     slab, suggested = plan(N * len(w), D, F)
     splits = splits or suggested
     kernel = plgpu.kernel(
-        functools.partial(_kernel, depth=D // (splits * WARPGROUPS), slab=slab, experts=E, count=len(w)),
+        functools.partial(_kernel, depth=D // (splits * WARPGROUPS), slab=slab, D=D, experts=E, count=len(w)),
         out_type=[jax.ShapeDtypeStruct((splits, N, F), jnp.float32)] * len(w),
         grid=(N, len(w), F // slab, splits),
         grid_names=("row", "stack", "slab", "split"),
@@ -96,7 +96,7 @@ def supported(x, w, layer, expert=None, dtype=None) -> str | None:
     del layer, dtype
     stacks = jax.tree.leaves(w)
     L, E, D, F = stacks[0].shape
-    N, few = (x.size // (E * D), FEW_BY_HEAD) if expert is None else (expert.size, FEW)
+    N, few = (x.size // (E * x.shape[-1]), FEW_BY_HEAD) if expert is None else (expert.size, FEW)
     if x.dtype != jnp.bfloat16 or stacks[0].dtype != jnp.bfloat16:
         return f"needs bfloat16, got {x.dtype} rows and {stacks[0].dtype} matrices"
     if not 1 <= N <= few:

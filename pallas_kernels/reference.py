@@ -189,14 +189,34 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E)
 
 
-def layer_matmul(x, w, layer, dtype=None):
+def rms_norm(x, weight, eps: float):
+    """x / rms(x) · weight over the last axis: statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * weight
+
+
+def each(dtype, stacks) -> tuple:
+    """A dtype for each of the stacks: one for all, or a tuple of theirs."""
+    return dtype if isinstance(dtype, tuple) else (dtype,) * len(stacks)
+
+
+def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None):
     """See ``pallas_kernels.layer_matmul``."""
+    if norm is not None:
+        x = rms_norm(x, norm[0][norm[1]], eps)
+        return layer_matmul(x, w, layer, dtype), x
     spec = "...d,fd->...f" if jax.tree.leaves(w)[0].ndim == 3 else "...hd,hfd->...hf"
-    return jax.tree.map(lambda w: jnp.einsum(spec, x, w[layer], preferred_element_type=dtype), w)
+    # Where float32 is asked for, its factors are not rounded.
+    precision = lambda dtype: "highest" if x.dtype == dtype == jnp.float32 else None
+    product = lambda w, d: jnp.einsum(spec, x, w[layer], preferred_element_type=d, precision=precision(d))
+    stacks, tree = jax.tree.flatten(w)
+    return tree.unflatten(map(product, stacks, each(dtype, stacks)))
 
 
 def expert_matmul(x, w, layer, expert=None, dtype=None):
     """See ``pallas_kernels.expert_matmul``."""
+    x = x[..., : jax.tree.leaves(w)[0].shape[-2]]
     if expert is None:
         product = lambda w: jnp.einsum("...ed,edf->...ef", x, w[layer], preferred_element_type=dtype)
     else:

@@ -92,6 +92,11 @@ def configurations():
     for N in (1, 4):
         args = (spec((N, 2048)), [spec((47, F, 2048)) for F in (768, 576)], layer)
         yield f"layer_matmul {N} x 2048 x 768 and 576", layer_matmul_gpu.layer_matmul, args
+        for widths, D in (((768, 576), 2048), ((5120,), 768), ((1536, 1536, 64), 2048)):
+            norm = spec((47, D)), layer
+            args = (spec((N, D)), [spec((47, F, D)) for F in widths], layer, norm)
+            f = lambda x, w, layer, norm: layer_matmul_gpu.layer_matmul(x, w, layer, None, norm, 1e-5)
+            yield f"layer_matmul of a normed {N} x {D} x {' and '.join(map(str, widths))}", f, args
         args = (spec((N, 20, 512)), spec((47, 20, 256, 512)), layer)
         yield f"layer_matmul {N} x 20 heads of 512 x 256", layer_matmul_gpu.layer_matmul, args
         args = (spec((N, 20, 192)), spec((47, 20, 192, 512)), layer)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ic_jax import bench, bench_measure, config, model, moe, random_weights, roofline
+from ic_jax.attention import linear
 from ic_jax.bench_measure import DENSE, Row, Steps
 from ic_jax.config import Config
 from ic_jax.engine import Engine
@@ -135,7 +136,8 @@ def test_scaled_weights_route_as_natural_ones_do(steps):
     """The constant channel must not send all tokens to the same experts."""
     params = random_weights.alike(jax.tree.map(jnp.copy, steps.engine.params), steps.config, 64.0)
     x_WD = params["embed_tokens"] / jnp.sqrt(jnp.mean(params["embed_tokens"] ** 2, -1, keepdims=True))
-    experts_NX, _ = moe.route(steps.config, jax.tree.map(lambda a: a[0], params["experts"]), x_WD)
+    p = jax.tree.map(lambda a: a[0], params["experts"])
+    experts_NX, _ = moe.route(steps.config, p, linear(x_WD, p["gate"], dtype=jnp.float32))
     load_E = np.bincount(np.asarray(experts_NX).ravel(), minlength=4) / experts_NX.size
     assert 0.15 < load_E.min() and load_E.max() < 0.35
 

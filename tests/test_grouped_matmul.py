@@ -130,6 +130,38 @@ def test_layer_matmul(monkeypatch, N, F, D):
         assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
 
 
+@pytest.mark.parametrize("N", [1, 3])
+def test_layer_matmul_of_a_normed_x(monkeypatch, N):
+    """The norm of another layer than the matrices', in the same launch; a dtype for each; every block norms for itself."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    x, stacks, weights = 8 * draw(N, 256), [draw(2, 8, 256), draw(2, 4, 256)], draw(3, 256)
+    args = x, stacks, jnp.int32(1), (None, jnp.float32), (weights, jnp.int32(2)), 0.5
+    x64 = np.asarray(x, np.float64)
+    normed = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 0.5) * np.asarray(weights[2], np.float64)
+    run = functools.partial(layer_matmul_gpu.product, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(layer_matmul_gpu, "product", run)
+    for f in (layer_matmul_gpu.layer_matmul, reference.layer_matmul):
+        y, h = f(*args)
+        np.testing.assert_allclose(np.asarray(h, np.float64), normed, rtol=2**-6)
+        for a, w, dtype in zip(y, stacks, (jnp.bfloat16, jnp.float32), strict=True):
+            assert a.dtype == dtype
+            want = np.asarray(h, np.float64) @ np.asarray(w[1], np.float64).T  # of the rounded x, as the other backends
+            np.testing.assert_allclose(np.asarray(a, np.float64), want, rtol=2**-8, atol=1e-2 * np.abs(want).max())
+
+    def loss(f):
+        def of(x, stacks, weights):
+            y, h = f(x, stacks, *args[2:4], (weights, args[4][1]), args[5])
+            return sum((a.astype(jnp.float32) ** 2).sum() for a in (*y, h))
+
+        return jax.grad(of, (0, 1, 2))(x, stacks, weights)
+
+    got, want = jax.tree.leaves(loss(layer_matmul_gpu.layer_matmul)), jax.tree.leaves(loss(reference.layer_matmul))
+    for a, b in zip(got, want, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b) > 0
+
+
 def test_why_layer_matmul_cannot():
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     why = lambda N, L, F, D: layer_matmul_gpu.supported(spec(1, N, D), spec(L, F, D), 0)
@@ -140,18 +172,19 @@ def test_why_layer_matmul_cannot():
 
 @pytest.mark.parametrize("op", ["layer_matmul", "expert_matmul"])
 def test_products_by_head(monkeypatch, op):
-    """Two rows of three heads, each head its own matrix."""
+    """Two rows of three heads, each head its own matrix; expert_matmul leaves out what stands beside them."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     module, inner, shape = {
         "layer_matmul": (layer_matmul_gpu, "product", (3, 16, 256)),
         "expert_matmul": (matvec_gpu, "matvec", (3, 64, 256)),
     }[op]
-    x, w = draw(2, 3, shape[2 if op == "layer_matmul" else 1]), draw(2, *shape)
+    x, w = draw(2, 3, shape[2] if op == "layer_matmul" else shape[1] + 32), draw(2, *shape)
     run = functools.partial(getattr(module, inner), interpret=plgpu.InterpretGPUParams())
     monkeypatch.setattr(module, inner, run)
     spec = "bhd,hfd->bhf" if op == "layer_matmul" else "bhd,hdf->bhf"
-    want = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w[1], np.float64))
+    D = x.shape[-1] if op == "layer_matmul" else shape[1]
+    want = np.einsum(spec, np.asarray(x[..., :D], np.float64), np.asarray(w[1], np.float64))
     # A CPU adds up products by head in bfloat16.
     for f, tolerance in ((getattr(module, op), 2**-8), (getattr(pallas_kernels, op), 2**-5)):
         got = np.asarray(f(x, w, jnp.int32(1)), np.float64)
@@ -196,10 +229,12 @@ def test_a_model_of_few_rows_reads_its_weights_in_place(monkeypatch):
     # The kernels themselves are interpreted above; here they are what they compute.
     taken, modules = collections.Counter(), {"layer_matmul": layer_matmul_gpu, "expert_matmul": matvec_gpu}
 
-    def product(x_ND, w, layer, dtype):
+    def product(x_ND, w, layer, dtypes, norm, eps):
         taken["layer_matmul"] += 1
         x = x_ND if w[0].ndim == 3 else x_ND.reshape(-1, w[0].shape[1], x_ND.shape[-1])
-        return [y.reshape(y.shape[0], -1) for y in reference.layer_matmul(x, w, layer, dtype)]
+        y = reference.layer_matmul(x, w, layer, tuple(dtypes), norm, eps)
+        y = y if norm is None else [*y[0], y[1]]
+        return [a.reshape(a.shape[0], -1) for a in y]
 
     def matvec(x_ND, w, layer, expert_N=None):
         taken["expert_matmul"] += 1

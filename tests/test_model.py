@@ -132,8 +132,7 @@ def reference_loop(config, params, held, ids):
     selections = []
     for i, kind in enumerate(config.mlp_layer_types):
         p = {k: v[i] for k, v in params["layers"].items()}
-        h = attention.rms_norm(x, p["input_layernorm"], config.rms_norm_eps)
-        qa, q, latent = attention.project(config, p, h, tables)
+        h, qa, q, latent = attention.project(config, p, x, tables)
         ip = {k: v[held.index(i)] for k, v in params["indexer"].items()}
         iq, w = attention.index_queries(config, ip, h, qa, tables)
         dots = jnp.einsum("bsij,btj->bsit", iq, attention.index_keys(config, ip, h, tables))
@@ -313,8 +312,8 @@ def test_router_against_numpy(norm, groups, kept):
     config = load("deepseek_yarn")[0].replace(norm_topk_prob=norm, n_group=groups, topk_group=kept)
     E, X = config.n_routed_experts, config.num_experts_per_tok
     x, gate, bias = rng.standard_normal((9, 12)), rng.standard_normal((E, 12)), rng.standard_normal(E)
-    p = {"gate": jnp.asarray(gate, jnp.float32), "e_score_correction_bias": jnp.asarray(bias, jnp.float32)}
-    experts, weights = moe.route(config, p, jnp.asarray(x, jnp.float32))
+    p = {"e_score_correction_bias": jnp.asarray(bias, jnp.float32)}
+    experts, weights = moe.route(config, p, jnp.asarray(x @ gate.T, jnp.float32))
     for n in range(len(x)):
         scores = 1 / (1 + np.exp(-gate @ x[n]))
         steered = scores + bias  # the bias chooses, and does not weigh
@@ -324,6 +323,39 @@ def test_router_against_numpy(norm, groups, kept):
         np.testing.assert_array_equal(experts[n], chosen)
         want = scores[chosen] / (scores[chosen].sum() if norm else 1) * config.routed_scaling_factor
         np.testing.assert_allclose(weights[n], want, rtol=1e-5)
+
+
+def test_few_tokens_choose_their_experts_as_top_k_does():
+    """Ties, also of all, in one order whichever way they are found."""
+    from ic_jax import moe
+
+    rng = np.random.default_rng(0)
+    biased, scores = (jnp.asarray(rng.integers(0, 5, (16, 12)) / 8 - 0.25, jnp.float32) for _ in range(2))
+    biased = biased.at[0].set(0.5).at[1, 3:].set(-jnp.inf)
+    experts, weights = moe._top(biased, scores, 4)
+    np.testing.assert_array_equal(experts, jax.lax.top_k(biased, 4)[1])
+    np.testing.assert_array_equal(weights, jnp.take_along_axis(scores, experts, -1))
+    many = moe._top(jnp.tile(biased, (2, 1)), jnp.tile(scores, (2, 1)), 4)
+    for few, all_of_them in zip((experts, weights), many, strict=True):
+        np.testing.assert_array_equal(jnp.tile(few, (2, 1)), all_of_them)
+
+
+@pytest.mark.parametrize("rows", [[[5]], [[24]], [[7, 24], [24, 2]]])
+def test_writes_reach_their_rows_and_no_other(rows):
+    """One row, one out of range, some of both: the rest of the pools stays as it was."""
+    cache = caches.allocate(load("deepseek_yarn")[0], 2, 1, 24, index_dtype="float8_e4m3fn", page_size=8)
+    rows, rng = np.asarray(rows, np.int32), np.random.default_rng(0)
+    draw = lambda a: rng.standard_normal((*rows.shape, *a.shape[2:])).astype(np.float32)
+    values = [draw(a) for a in (cache.latent_LMU, cache.index_keys_GMJ, cache.index_scales_GM)]
+    keys = jnp.asarray(values[1], jnp.float8_e4m3fn)
+    got = jax.jit(lambda c: c.write_latents(1, rows, values[0]).write_index_keys(1, rows, keys, values[2]))(cache)
+    values[:2] = jnp.asarray(values[0], jnp.bfloat16), keys
+    for name, value in zip(("latent_LMU", "index_keys_GMJ", "index_scales_GM"), values, strict=True):
+        want, value = np.array(getattr(cache, name), np.float32), np.asarray(value, np.float32)
+        for at in np.ndindex(rows.shape):
+            if rows[at] < 24:
+                want[1, rows[at]] = value[at].reshape(want.shape[2:])
+        np.testing.assert_array_equal(np.asarray(getattr(got, name), np.float32), want)
 
 
 @pytest.mark.parametrize("interleave", [True, False])

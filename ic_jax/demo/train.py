@@ -64,7 +64,7 @@ class Signals(NamedTuple):
 def experts(c: Config, p, x_BSD):
     """Routed plus shared experts with every expert computed for every token; (output, load [E])."""
     x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
-    chosen_NX, weights_NX = moe.route(c, p, x_ND)
+    chosen_NX, weights_NX = moe.route(c, p, linear(x_ND, p["gate"], dtype=jnp.float32))
     gate_NE = (jax.nn.one_hot(chosen_NX, c.n_routed_experts) * weights_NX[..., None]).sum(1)
     load_E = jax.nn.one_hot(chosen_NX, c.n_routed_experts).sum(1).mean(0)
     gate, up = (jnp.einsum("nd,edf->nef", x_ND, p[name]) for name in ("gate_proj", "up_proj"))
