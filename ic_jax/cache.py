@@ -19,6 +19,7 @@ from .config import Config
 from .parallel import ALONE, Parallel
 
 PAGE_SIZE = 256
+DISTINCT = dict(mode="drop", unique_indices=True)  # else XLA's GPU compiler stores 16-bit values by compare-and-swap
 
 
 @functools.partial(
@@ -50,10 +51,10 @@ class Cache:
         return dataclasses.replace(self, **changes)
 
     def write_latents(self, layer, rows_BS, latent_BSU) -> Cache:
-        """With ``latent_BSU`` in the rows ``rows_BS`` of ``layer``; what is out of range is dropped."""
+        """With ``latent_BSU`` in the rows ``rows_BS`` of ``layer``, each another one; what is out of range is dropped."""
         pool = self.latent_LMU
         packed = pack_rows(latent_BSU.astype(pool.dtype), pool.shape[2:])
-        return self.replace(latent_LMU=pool.at[layer, rows_BS].set(packed, mode="drop"))
+        return self.replace(latent_LMU=pool.at[layer, rows_BS].set(packed, **DISTINCT))
 
 
 def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:

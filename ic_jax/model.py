@@ -22,7 +22,7 @@ from pallas_kernels import RowPlan, dense_mla, index_topk, physical_rows, plan_r
 
 from . import attention, moe, sharding
 from .attention import Stacked, rms_norm
-from .cache import Cache
+from .cache import DISTINCT, Cache
 from .config import Config
 from .parallel import ALONE, Parallel, cache_specs
 
@@ -311,9 +311,9 @@ def _refresh(
         k_BSJ, scale_BS = if_full(keys, zeros)
         # The pool is written outside the branch, which would copy it; an S layer's rows are out of range and dropped.
         rows_BS = jnp.where(slot >= 0, rows_BS, cache.latent_LMU.shape[1])
-        cache = cache.replace(index_keys_GMJ=cache.index_keys_GMJ.at[at, rows_BS].set(k_BSJ, mode="drop"))
+        cache = cache.replace(index_keys_GMJ=cache.index_keys_GMJ.at[at, rows_BS].set(k_BSJ, **DISTINCT))
         if quantized:
-            cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[at, rows_BS].set(scale_BS, mode="drop"))
+            cache = cache.replace(index_scales_GM=cache.index_scales_GM.at[at, rows_BS].set(scale_BS, **DISTINCT))
 
     def select():
         # The indexer's heads are not divided: in prefill each tensor rank selects for its share of the queries.
