@@ -50,7 +50,8 @@ def mlp(p, x):
 def route(c: Config, p, x_ND):
     """The experts each token goes to, int32 [N, X], and their float32 weights [N, X]."""
     E = c.n_routed_experts
-    logits = jnp.einsum("nd,ed->ne", x_ND.astype(jnp.float32), p["gate"].astype(jnp.float32), precision="highest")
+    # Products of bfloat16 values are exact in float32, in which they are summed: nothing to convert first.
+    logits = jnp.einsum("nd,ed->ne", x_ND, p["gate"], precision="highest", preferred_element_type=jnp.float32)
     scores_NE = jax.nn.sigmoid(logits)
     biased_NE = scores_NE + p["e_score_correction_bias"]
     if c.n_group > 1:
