@@ -51,7 +51,7 @@ class Cache:
         return dataclasses.replace(self, **changes)
 
     def write_latents(self, layer, rows_BS, latent_BSU) -> Cache:
-        """With ``latent_BSU`` in the rows ``rows_BS`` of ``layer``; what is out of range is dropped."""
+        """With ``latent_BSU`` in the rows ``rows_BS`` of ``layer``, each another one; what is out of range is dropped."""
         pool = self.latent_LMU
         packed = pack_rows(latent_BSU.astype(pool.dtype), pool.shape[2:])
         return self.replace(latent_LMU=_written(pool, layer, rows_BS, packed))
@@ -72,6 +72,7 @@ def _written(pool, layer, rows_BS, values):
         values = lax.optimization_barrier(values)
         rows, values = jnp.append(rows, pool.shape[1]), jnp.concatenate([values, jnp.zeros_like(values)])
     rows = jnp.where(rows < pool.shape[1], rows, pool.shape[1] + jnp.arange(len(rows)))  # no two alike, dropped or not
+    # Unless told that they are distinct, XLA's GPU compiler stores 16-bit values by compare-and-swap.
     return pool.at[layer, rows].set(values, mode="drop", unique_indices=True)
 
 

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from pallas_kernels import expert_matmul, grouped_matmul, has_kernel
 
@@ -117,9 +118,25 @@ def _routed(x_ND, stacks, layer, experts_NX, implementation):
     if has_kernel("expert_matmul", implementation, x_ND, [gate, up], layer, experts_NX):  # decode: nothing to sort
         gate_NXF, up_NXF = expert_matmul(x_ND, [gate, up], layer, experts_NX, **how)
         return expert_matmul(jax.nn.silu(gate_NXF) * up_NXF, down, layer, experts_NX, **how)
-    order = jnp.argsort(experts_NX.reshape(-1), stable=True)
-    group_sizes_E = jnp.bincount(experts_NX.reshape(-1), length=down.shape[1]).astype(jnp.int32)
+    token_M, place_NX, group_sizes_E = by_expert(experts_NX, down.shape[1])
     product = lambda x, w: grouped_matmul(x, w, layer, group_sizes_E, **how)
-    sorted_MD = x_ND[order // experts_NX.shape[1]]
+    sorted_MD = x_ND[token_M]
     y_MD = product(jax.nn.silu(product(sorted_MD, gate)) * product(sorted_MD, up), down)
-    return y_MD[jnp.argsort(order)].reshape(*experts_NX.shape, -1)
+    return y_MD[place_NX]
+
+
+def by_expert(experts_NX, held: int):
+    """(token of each row, int32 [N*X], row of each entry, int32 [N,X], rows of each expert, int32 [held]).
+
+    The rows are the entries of ``experts_NX``, 0..held, in a stable sort; ``held`` stands for no expert.
+    """
+    # By counting: XLA's sort of 16,384 entries takes six launches and 50 us on an H100.
+    experts_M = experts_NX.reshape(-1)
+    up_to_ME = jnp.cumsum(experts_M[:, None] == jnp.arange(held + 1), 0, dtype=jnp.int32)
+    sizes_E = up_to_ME[-1]
+    last_ME = up_to_ME + (jnp.cumsum(sizes_E) - sizes_E - 1)
+    # Computed once: XLA would count again for every number that is gathered from the rows.
+    place_M = lax.optimization_barrier(jnp.take_along_axis(last_ME, experts_M[:, None], 1)[:, 0])
+    entry_M = jnp.arange(len(experts_M), dtype=jnp.int32)
+    token_M = jnp.zeros_like(entry_M).at[place_M].set(entry_M // experts_NX.shape[1], unique_indices=True)
+    return token_M, place_M.reshape(experts_NX.shape), sizes_E[:held]

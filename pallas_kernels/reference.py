@@ -218,7 +218,13 @@ def expert_matmul(x, w, layer, expert=None, dtype=None):
     """See ``pallas_kernels.expert_matmul``."""
     x = x[..., : jax.tree.leaves(w)[0].shape[-2]]
     if expert is None:
-        product = lambda w: jnp.einsum("...ed,edf->...ef", x, w[layer], preferred_element_type=dtype)
+        x_END = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)
+
+        def product(w):
+            # Not an einsum by row: XLA's GPU compiler would lay that out as [E, F, rows], for somebody else to turn.
+            y_ENF = jnp.matmul(x_END, w[layer], preferred_element_type=dtype)
+            return y_ENF.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
     else:
         x = x.reshape(*x.shape[:-1], *(1,) * (expert.ndim - x.ndim + 1), x.shape[-1])
         product = lambda w: jnp.einsum(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ic_jax import cache as caches
-from ic_jax import checkpoint, model
+from ic_jax import checkpoint, model, moe
 from ic_jax.config import Config
 from ic_jax.pattern import Pattern
 
@@ -306,8 +306,6 @@ def test_config_of_every_golden_case_round_trips():
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2)])
 def test_router_against_numpy(norm, groups, kept):
-    from ic_jax import moe
-
     rng = np.random.default_rng(0)
     config = load("deepseek_yarn")[0].replace(norm_topk_prob=norm, n_group=groups, topk_group=kept)
     E, X = config.n_routed_experts, config.num_experts_per_tok
@@ -356,6 +354,17 @@ def test_writes_reach_their_rows_and_no_other(rows):
             if rows[at] < 24:
                 want[1, rows[at]] = value[at].reshape(want.shape[2:])
         np.testing.assert_array_equal(np.asarray(getattr(got, name), np.float32), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 4), (257, 4), (1024, 2)])
+def test_rows_are_sorted_by_expert(shape):
+    held = 5
+    experts_NX = np.random.default_rng(0).integers(0, held + 1, shape, np.int32)
+    order_M = np.argsort(experts_NX.reshape(-1), kind="stable")
+    token_M, place_NX, sizes_E = jax.jit(moe.by_expert, static_argnums=1)(experts_NX, held)
+    np.testing.assert_array_equal(token_M, order_M // shape[1])
+    np.testing.assert_array_equal(place_NX.reshape(-1), np.argsort(order_M))
+    np.testing.assert_array_equal(sizes_E, np.bincount(experts_NX.reshape(-1), minlength=held + 1)[:held])
 
 
 @pytest.mark.parametrize("interleave", [True, False])
