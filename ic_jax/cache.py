@@ -65,15 +65,17 @@ class Cache:
 
 
 def _written(pool, layer, rows_BS, values):
-    """The pool with ``values`` [B,S,...] in rows of a layer; what is out of range is dropped."""
-    if rows_BS.size > 1 or dispatch.target().platform != "gpu":
-        return pool.at[layer, rows_BS].set(values, mode="drop")
-    # XLA's GPU compiler makes two or three launches of a scatter of one row, and one of two, of which one is dropped.
-    # On a TPU the second row would make it copy the pool.
-    rows, values = rows_BS.reshape(1), lax.optimization_barrier(values.reshape(1, *values.shape[2:]))
-    dropped = pool.shape[1] + 1  # unlike the row, which may be pool.shape[1]
-    rows, values = jnp.append(rows, dropped), jnp.concatenate([values, jnp.zeros_like(values)])
-    return pool.at[layer, rows].set(values, mode="drop", unique_indices=True)
+    """The pool with ``values`` [B,S,...] in rows of a layer. On a GPU one row is written along with one that is dropped:
+    XLA makes two or three launches of a scatter of one there, and one of any other."""
+    on_gpu = dispatch.target().platform == "gpu"
+    rows, values = rows_BS.reshape(-1), values.reshape(-1, *values.shape[2:])
+    if on_gpu and len(rows) == 1:
+        values = lax.optimization_barrier(values)
+        rows, values = jnp.append(rows, pool.shape[1]), jnp.concatenate([values, jnp.zeros_like(values)])
+    rows = jnp.where(rows < pool.shape[1], rows, pool.shape[1] + jnp.arange(len(rows)))  # no two alike, dropped or not
+    # Unless told that they are distinct, XLA's GPU compiler stores 16-bit values by compare-and-swap.
+    # Its TPU compiler copies the pool when it is told.
+    return pool.at[layer, rows].set(values, mode="drop", unique_indices=on_gpu)
 
 
 def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
