@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import latent_row_shape, pack_rows
+from pallas_kernels import dispatch, latent_row_shape, pack_rows
 
 from .config import Config
 from .parallel import ALONE, Parallel
@@ -65,15 +65,17 @@ class Cache:
 
 
 def _written(pool, layer, rows_BS, values):
-    """The pool with ``values`` [B,S,...] in rows of a layer. One row is written along with one that is dropped: XLA's
-    GPU compiler makes two or three launches of a scatter of one, and one of any other."""
+    """The pool with ``values`` [B,S,...] in rows of a layer. On a GPU one row is written along with one that is dropped:
+    XLA makes two or three launches of a scatter of one there, and one of any other."""
+    on_gpu = dispatch.target().platform == "gpu"
     rows, values = rows_BS.reshape(-1), values.reshape(-1, *values.shape[2:])
-    if len(rows) == 1:
+    if on_gpu and len(rows) == 1:
         values = lax.optimization_barrier(values)
         rows, values = jnp.append(rows, pool.shape[1]), jnp.concatenate([values, jnp.zeros_like(values)])
     rows = jnp.where(rows < pool.shape[1], rows, pool.shape[1] + jnp.arange(len(rows)))  # no two alike, dropped or not
     # Unless told that they are distinct, XLA's GPU compiler stores 16-bit values by compare-and-swap.
-    return pool.at[layer, rows].set(values, mode="drop", unique_indices=True)
+    # Its TPU compiler copies the pool when it is told.
+    return pool.at[layer, rows].set(values, mode="drop", unique_indices=on_gpu)
 
 
 def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:

@@ -47,7 +47,7 @@ def _kernel(x_ND, layer_1, *refs, rows, layout, count, eps):
         scale = lax.rsqrt(jnp.sum(x * x) / x.shape[0] + eps)
         weight = plgpu.load(norm[0].at[norm[1][0]], layout=layout).astype(jnp.float32)
         x = ((x * scale).astype(x_ND.dtype).astype(jnp.float32) * weight).astype(x_ND.dtype)
-        pl.when(block == 0)(lambda: plgpu.store(normed.at[row], x))
+        pl.when(block == 0)(functools.partial(normed.__setitem__, row, x))
         return x.astype(jnp.float32)
 
     def multiply(first, w_MD, y_NF):

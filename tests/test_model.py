@@ -17,6 +17,7 @@ from ic_jax import cache as caches
 from ic_jax import checkpoint, model, moe
 from ic_jax.config import Config
 from ic_jax.pattern import Pattern
+from pallas_kernels import dispatch
 
 WITH_INDEXER = ["glm_all_full", "glm_freq4_off3", "glm_pattern", "glm_indexer_types", "deepseek_yarn"]
 # Products of other shapes round otherwise; the enlarged weights of these checkpoints amplify that to 0.4 to 1.1e-5 of
@@ -338,10 +339,12 @@ def test_few_tokens_choose_their_experts_as_top_k_does():
         np.testing.assert_array_equal(jnp.tile(few, (2, 1)), all_of_them)
 
 
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
 @pytest.mark.parametrize("rows", [[[5]], [[24]], [[7, 24], [24, 2]]])
-def test_writes_reach_their_rows_and_no_other(rows):
-    """One row, one out of range, some of both: the rest of the pools stays as it was."""
+def test_writes_reach_their_rows_and_no_other(monkeypatch, rows, platform):
+    """One row, one out of range, some of both, in each platform's way: the rest of the pools stays as it was."""
     cache = caches.allocate(load("deepseek_yarn")[0], 2, 1, 24, index_dtype="float8_e4m3fn", page_size=8)
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target(platform, ""))
     rows, rng = np.asarray(rows, np.int32), np.random.default_rng(0)
     draw = lambda a: rng.standard_normal((*rows.shape, *a.shape[2:])).astype(np.float32)
     values = [draw(a) for a in (cache.latent_LMU, cache.index_keys_GMJ, cache.index_scales_GM)]
