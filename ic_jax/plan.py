@@ -112,6 +112,7 @@ class Layout:
             add(self.slots, B * queries * self.key, p.parts)
             add(self.slots, rows * self.key, p.parts)
             add(2 * sparse, mine * p.expert * D * self.itemsize, p.expert)
+            add(sparse, mine * p.expert * c.n_routed_experts * 4, p.expert)  # the router's product
         else:
             heads = c.num_attention_heads // p.tensor
             add(L, mine * heads * c.kv_lora_rank * 4, p.parts, total=True)

@@ -47,7 +47,7 @@ def test_bytes_are_those_of_the_arrays(text):
         ("tensor=2", 1, {"all-reduce": 1 + 2 * 5}),  # the embedding, then attention and feed-forward of every layer
         ("tensor=2", divided.CHUNK, {"all-reduce": 1 + 2 * 5, "all-gather": 2}),  # and what two full layers selected
         ("context=2", divided.CHUNK, {"all-gather": 1 + 2 * 5 + 2 * 2}),  # positions; new rows and cache, latents and keys
-        ("expert=2", divided.CHUNK, {"all-gather": 1 + 2 * 5 + 2 * 2 + 3, "reduce-scatter": 3}),
+        ("expert=2", divided.CHUNK, {"all-gather": 1 + 2 * 5 + 2 * 2 + 2 * 3, "reduce-scatter": 3}),
     ],
 )
 def test_exchanges_are_those_of_the_compiled_program(text, queries, kinds):
