@@ -5,9 +5,9 @@
     python benchmarks/e2e.py table             the parts of one kind
     python benchmarks/e2e.py --preset demo --layers 2 --tokens 128,256 -n 2 -r 1 --memory-gb 0.2 --out DIR     on a CPU
 
-Kinds of parts: ``table`` (prefill and decode, all-full beside 1/4, natural and alike weights, fp8 and bf16 index keys),
-``crossover`` (against dense attention), ``breakdown`` (device time by phase), ``saturated`` (the largest batch that
-memory holds), ``correct`` (kernels against the reference on a shortened stack), ``report``. A part is one JSON file
+Kinds of parts: ``table`` (prefill and decode, all-full beside 1/4; natural weights with fp8 index keys, alike ones with
+bf16 too), ``crossover`` (against dense attention), ``breakdown`` (device time by phase), ``saturated`` (the largest batch
+that memory holds), ``correct`` (kernels against the reference on a shortened stack), ``report``. A part is one JSON file
 under --out; finished ones are not run again. The report is e2e.md, e2e.csv and e2e.png, made of the parts there are.
 """
 

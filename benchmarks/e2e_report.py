@@ -38,8 +38,9 @@ def write(out: Path) -> int:
     about = parts[0]["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     layers = f", the first {about['layers']} layers only" if about["layers"] else ""
+    mesh = f", {about['mesh']}" if about.get("mesh") else ""
     lines = [
-        f"# {about['preset']} end to end, {about['device']}", "",
+        f"# {about['preset']} end to end, {about['device']}{mesh}", "",
         f"`python benchmarks/e2e.py`; {versions}; random bf16 weights, seed {about['seed']}{layers}. Wall time of whole "
         "calls, median of the repeats, compile time apart. Weights: *natural* as they are drawn; *alike* scaled so that "
         "neighbouring queries share most of their selections, as in trained models (`ic_jax/random_weights.py`), shown in "

@@ -166,7 +166,8 @@ def write(out: Path) -> int:
         "Numbers are means over seeds ± standard deviation; uniform patterns untrained have no seed.", "",
         "## What holds here", "", _claims(found), "",
         "Intervals are 95 % of paired differences over seeds (Student's t). Loss in nats a token, lower is better; recall "
-        "is a share, higher is better. *Open*: the interval holds zero (or straddles the margin), or there is one seed.", "",
+        "is a share, higher is better. *Open*: the interval holds zero (or straddles the margin), or there is one seed. "
+        "Seeds that found the same pattern give the same untrained figures: they agree, but are not several samples.", "",
     ]  # fmt: skip
     tables = [
         ("Untrained", _table([r for r in rows if r["stage"] == "free"])),

@@ -249,7 +249,7 @@ def measure(
             warm = functools.partial(run, n=1)
         for pattern in order:
             jax.block_until_ready(warm(pattern))
-        measure_overlap = functools.partial(steps.overlap, ends=ends) if overlap else None
+        measure_overlap = (lambda p, ends=ends: p in patterns and steps.overlap(p, ends)) if overlap else None
         times, shares = _timed(run, order, repeats, seconds, measure_overlap)
         found = [_row(steps, p, test, tokens, depth, times[p], shares.get(p), chip) for p in patterns]
         _indexer_shares(found, times[extra[0]] if extra else None)
@@ -258,7 +258,7 @@ def measure(
 
 
 def _compile(steps: Steps, patterns: list, tests: list, chunk: int, overlap: bool) -> None:
-    """The programs that ``measure`` will run, compiled side by side."""
+    """The programs that ``measure`` will run, compiled side by side; on a CPU, which one fills, one after another."""
     calls = {}  # (kind, what of the pattern is compiled in, tokens a sequence): a pattern
     for test, tokens, depth in tests:
         fill = {size for _, size in chunks(0, depth, chunk)}
@@ -269,13 +269,15 @@ def _compile(steps: Steps, patterns: list, tests: list, chunk: int, overlap: boo
             if overlap and p != DENSE and depth + tokens - PROBE >= steps.config.index_topk:
                 calls["select", steps._static(p), PROBE] = p
     spec = lambda *shape: (jax.ShapeDtypeStruct((steps.batch, *shape), jnp.int32),) * 2
-    with ThreadPoolExecutor() as pool:
+    began, before = time.perf_counter(), steps.compile_seconds
+    with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else None) as pool:
         jobs = [
             pool.submit(steps.compile, kind, p, *(spec() if kind == "decode" else spec(size)))
             for (kind, _, size), p in calls.items()
         ]
         for job in jobs:
             job.result()
+    steps.compile_seconds = before + time.perf_counter() - began
 
 
 def _timed(run: Callable, patterns: list, repeats: int, seconds: float, after: Callable | None) -> tuple[dict, dict]:

@@ -60,6 +60,14 @@ def op_arguments(
              spec((layers, c.n_routed_experts, c.hidden_size, F)), scalar, spec((c.n_routed_experts,), "int32")),
             {},
         ),
+        "expert_matmul": (
+            (spec((B * S, c.hidden_size)), spec((layers, c.n_routed_experts, c.hidden_size, F)), scalar,
+             spec((B * S, c.num_experts_per_tok), "int32")),
+            {},
+        ),
+        "layer_matmul": (
+            (spec((B, S, c.hidden_size)), spec((c.num_hidden_layers, c.q_lora_rank, c.hidden_size)), scalar), {},
+        ),
     }  # fmt: skip
 
 

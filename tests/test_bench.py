@@ -15,6 +15,7 @@ from ic_jax.config import Config
 from ic_jax.engine import Engine
 from ic_jax.errors import UserError
 from ic_jax.pattern import Pattern
+from pallas_kernels import dispatch
 
 TINY = dict(
     model_type="glm_moe_dsa", vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=2,
@@ -295,3 +296,21 @@ def test_json_alone_on_the_demo_model(capsys):
     assert found["model"] == "demo" and found["weights"] == "checkpoint" and found["params"] == 11906360
     (test,) = found["tests"]
     assert test["pattern"] == "F" * 16 and test["overlap"] is None and test["roofline"] is None
+
+
+def test_no_round_begins_after_its_time():
+    calls, after = [], []
+    run = lambda p: calls.append(p) or jnp.zeros(())
+    times, found = bench_measure._timed(run, ["a", "b"], 3, 0.0, lambda p: after.append(p) or p.upper())
+    assert calls == after == ["a", "b"] and found == dict(a="A", b="B") and [len(t) for t in times.values()] == [1, 1]
+    times, _ = bench_measure._timed(run, ["a", "b"], 3, 1e9, None)
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_only_decode_on_a_gpu_is_one_graph(monkeypatch):
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.CHIPS["h100"])
+    graphs = "xla_gpu_enable_command_buffer"
+    assert "WHILE" in dispatch.compiler_options(1)[graphs] and dispatch.compiler_options(4096) is None
+    assert dispatch.compiler_options(1, profiled=True) == {graphs: ""}
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", "cpu"))
+    assert dispatch.compiler_options(1) is None
