@@ -128,4 +128,5 @@ def test_programs_compile_for_tpus(capsys):
         assert 0.95 < step["bytes"]["arguments"] / sum(expected.values()) < 1.3
         assert step["bytes"]["results beside them"] < 2**20
         assert set(step["collectives"]) <= {"all-gather", "all-reduce"}
-    assert found["compiled"]["prefill of a chunk"]["collectives"]["all-gather"][0] == 1 + 2 * 12 + 3 * 12
+    layers = config.preset("demo").num_hidden_layers
+    assert found["compiled"]["prefill of a chunk"]["collectives"]["all-gather"][0] == 1 + (2 + 3) * layers
