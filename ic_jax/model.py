@@ -284,22 +284,24 @@ def run_layers(
         first, last = layers[0], layers[-1] + 1
         if span is not None:
             first, last = (jnp.clip(end, first, last) for end in span)
-        loop = lambda first, last, full, carry, kind=kind, earlier=earlier: lax.fori_loop(
-            first, last, functools.partial(layer_step, kind, full, earlier), carry
-        )
-        if full is not None or dense:
-            carry = loop(first, last, bool(full), carry)
-            continue
+
+        def loop(first, last, full, carry, kind=kind, earlier=earlier):
+            with jax.named_scope("full" if full else "shared"):
+                return lax.fori_loop(first, last, functools.partial(layer_step, kind, full, earlier), carry)
 
         def group(at, loop=loop, last=last):
-            """The shared layers up to the next full one, and that one. Loops, as branches would copy the caches."""
+            """The shared layers up to the next full one, and that one: loops, as a branch would copy the caches."""
             layer, carry = at
             stop = jnp.minimum(jnp.where(jnp.arange(L) == layer, next_full_L, 0).sum(), last)
             carry = loop(layer, stop, False, carry)
             layer = jnp.minimum(stop + 1, last)
             return layer, loop(stop, layer, True, carry)
 
-        _, carry = lax.while_loop(lambda at, last=last: at[0] < last, group, (jnp.int32(first), carry))
+        with jax.named_scope(f"layers_{layers[0]}_{layers[-1]}"):
+            if full is not None or dense:
+                carry = loop(first, last, bool(full), carry)
+            else:
+                _, carry = lax.while_loop(lambda at, last=last: at[0] < last, group, (jnp.int32(first), carry))
     *carry, kept = carry
     return tuple(carry), kept
 
