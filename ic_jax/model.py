@@ -1,4 +1,4 @@
-"""The model on one page: embed -> scan over layers with the IndexPlan in the carry -> logits.
+"""The model on one page: embed -> loop over layers with the IndexPlan in the carry -> logits.
 
 ``forward`` is a pure function of arrays. A full (F) layer writes its index keys and selects; a shared (S) layer leaves
 the plan as it found it: no indexer work, weights or memory. The pattern is ``slots``, one entry a layer (see
