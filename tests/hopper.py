@@ -86,6 +86,9 @@ def configurations():
         for D, F in ((2048, 1536), (1536, 2048)):
             args = (spec((N, D)), spec((46, 64, D, F)), layer, spec((64,), i32))
             yield f"grouped_matmul {N} x {D} x {F}", grouped_matmul_gpu.grouped_matmul, args
+    for N in (64, 16384):
+        args = (spec((N, 2048)), *[spec((46, 64, 2048, 1536))] * 2, layer, spec((64,), i32))
+        yield f"grouped_swiglu {N} x 2048 x 1536", grouped_matmul_gpu.grouped_swiglu, args
     for N, F, D in ((1, 768, 2048), (1, 5120, 768), (1, 2048, 5120), (1, 2048, 10240), (4, 2048, 5120)):
         args = (spec((N, D)), spec((47, F, D)), layer)
         yield f"layer_matmul {N} x {D} x {F}", layer_matmul_gpu.layer_matmul, args
