@@ -108,7 +108,7 @@ def experts(c: Config, p, stacks, layer, x_BSD, norm=None, *, implementation="au
         routed_BSD = _sum(y_NXD).astype(x_BSD.dtype).reshape(x_BSD.shape[0], -1, x_BSD.shape[2])
     with jax.named_scope("shared_experts"):
         shared_BSD = linear(jax.nn.silu(gate) * up, shared["down_proj"])
-    return parallel.return_tokens(routed_BSD) + parallel.sum(shared_BSD, "tensor")
+    return parallel.return_tokens(routed_BSD, shared_BSD)
 
 
 def _routed(x_ND, stacks, layer, experts_NX, implementation):

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 SEQUENCE = ("context", "expert")
 _LAST = jnp.iinfo(jnp.int32).max
+_LEAST = float(jnp.finfo(jnp.float32).min)  # of a sum: finite, so that no rows at all leave no NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +107,17 @@ class Parallel:
         """Number of this device's first expert, of ``held``."""
         return lax.axis_index("expert") * held if self.expert > 1 else 0
 
-    def return_tokens(self, y_BSD):
-        """Partial results for the tokens of all expert ranks, added up, back to where each token is served."""
-        if self.split and self.expert > 1:
-            y_BSD = lax.psum_scatter(y_BSD, "expert", scatter_dimension=1, tiled=True)
-            return self.sum(y_BSD, "tensor")
-        return self.sum(y_BSD, "expert", "tensor")
+    def return_tokens(self, routed_BSD, shared_BSD):
+        """Partial results of the routed experts for the tokens of all expert ranks, and of the shared one for this
+        rank's, added up where each token is served."""
+        if self.expert == 1:
+            return self.sum(routed_BSD + shared_BSD, "tensor")
+        if self.split:
+            routed_BSD = lax.psum_scatter(routed_BSD, "expert", scatter_dimension=1, tiled=True)
+            return self.sum(routed_BSD + shared_BSD, "tensor")
+        # All expert ranks have the same tokens: the first one's shared expert counts.
+        shared_BSD = jnp.where(lax.axis_index("expert") == 0, shared_BSD, 0)
+        return self.sum(routed_BSD + shared_BSD, "expert", "tensor")
 
     # --------------------------------------------------------------------------------------------------------- caches
 
@@ -152,21 +158,26 @@ class Parallel:
         page, within = positions_BSK // page_size, positions_BSK % page_size
         at = (page * self.parts + lax.axis_index(SEQUENCE)) * page_size + within
         none = positions_BSK < 0
-        candidates = jnp.where(none, jnp.inf, -scores_BSK), jnp.where(none, _LAST, at)
-        worst_first, at = (lax.all_gather(a, SEQUENCE, axis=2, tiled=True) for a in candidates)
+        worst_first, at = jnp.where(none, jnp.inf, -scores_BSK), jnp.where(none, _LAST, at)
+        both = jnp.stack([lax.bitcast_convert_type(worst_first, jnp.int32), at])  # one exchange instead of two
+        worst_first, at = lax.all_gather(both, SEQUENCE, axis=3, tiled=True)
+        worst_first = lax.bitcast_convert_type(worst_first, jnp.float32)
         _, at = lax.sort((worst_first, at), dimension=-1, num_keys=2)
         at = lax.sort(at[..., : positions_BSK.shape[-1]], dimension=-1)
         return jnp.where(at == _LAST, -1, at)
 
-    def merge_outputs(self, o_BSHC, lse_BSH):
-        """Attention over all devices' rows, from outputs over each one's own and their log-sum-exps."""
+    def weigh_outputs(self, o_BSHC, lse_BSH):
+        """Attention over this device's rows as its summand of attention over all devices' rows (``sum_outputs``)."""
         if self.parts == 1 or self.split:
             return o_BSHC
-        most = lax.pmax(lse_BSH, SEQUENCE)
-        weight_BSH = jnp.exp(lse_BSH - jnp.where(most == -jnp.inf, 0.0, most))
-        total = lax.psum(weight_BSH, SEQUENCE)
-        o = lax.psum(o_BSHC.astype(jnp.float32) * weight_BSH[..., None], SEQUENCE)
-        return (o / jnp.where(total == 0, 1.0, total)[..., None]).astype(o_BSHC.dtype)
+        # A query that sees no row anywhere has outputs of zero.
+        all_ZBSH = lax.all_gather(lse_BSH, SEQUENCE)
+        whole_BSH = jax.nn.logsumexp(jnp.where(all_ZBSH == -jnp.inf, _LEAST, all_ZBSH), 0)
+        return (o_BSHC.astype(jnp.float32) * jnp.exp(lse_BSH - whole_BSH)[..., None]).astype(o_BSHC.dtype)
+
+    def sum_outputs(self, x_BSD):
+        """Projections of what ``weigh_outputs`` gave, of all heads and all rows: one sum for both."""
+        return self.sum(x_BSD, "tensor", *(() if self.split else SEQUENCE))
 
     def tokens_spec(self) -> PartitionSpec:
         """Of arrays [B,S]."""

@@ -6,6 +6,7 @@ Counts bytes and operations of one device from the Config alone (roofline.py, pa
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -104,8 +105,9 @@ class Layout:
                 count += times
 
         K = min(c.index_topk, self.context) if self.pattern else 0
-        add(1 + 2 * L, mine * D * self.itemsize, p.tensor, total=True)
+        sums = functools.partial(add, nbytes=mine * D * self.itemsize, total=True)
         if split:
+            sums(1 + 2 * L, ways=p.tensor)
             rows = self.tokens * p.parts * B
             add(L, B * queries * U * self.itemsize, p.parts)  # new latents
             add(L, rows * self.columns * self.itemsize, p.parts)  # a layer's cache
@@ -114,11 +116,11 @@ class Layout:
             add(2 * sparse, mine * p.expert * D * self.itemsize, p.expert)
             add(sparse, mine * p.expert * c.n_routed_experts * 4, p.expert)  # the router's product
         else:
-            heads = c.num_attention_heads // p.tensor
-            add(L, mine * heads * c.kv_lora_rank * 4, p.parts, total=True)
-            add(2 * L, mine * heads * 4, p.parts, total=True)
-            add(2 * self.slots, mine * p.parts * K * 4, p.parts)
-            add(sparse, mine * D * self.itemsize, p.expert, total=True)
+            sums(1 + L - sparse, ways=p.tensor)
+            sums(L, ways=p.tensor * p.parts)  # outputs of all heads and rows
+            sums(sparse, ways=p.tensor * p.expert)
+            add(L, mine * p.parts * c.num_attention_heads // p.tensor * 4, p.parts)  # their log-sum-exps
+            add(self.slots, mine * p.parts * K * 8, p.parts)  # candidates and their scores
         if queries > 1:
             add(self.slots, mine * K * 4, p.tensor)
         return received, count
