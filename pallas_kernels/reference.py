@@ -189,6 +189,12 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E)
 
 
+def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E, product=grouped_matmul):
+    """See ``pallas_kernels.grouped_swiglu``; ``product``: the ``grouped_matmul`` of a backend."""
+    gate_NF, up_NF = (product(x_ND, w_LEDF, layer, group_sizes_E) for w_LEDF in (gate_LEDF, up_LEDF))
+    return jax.nn.silu(gate_NF) * up_NF
+
+
 def rms_norm(x, weight, eps: float):
     """x / rms(x) · weight over the last axis: statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
