@@ -104,8 +104,10 @@ def experts(c: Config, p, stacks, layer, x_BSD, norm=None, *, implementation="au
     with jax.named_scope("routed_experts"):
         y_NXD = _routed(x_ND, [stacks[name] for name in STACKS], layer, local_NX, implementation)
         # A token's experts are added in the router's order: no scatter, so the sum is deterministic.
-        y_NXD = jnp.where((local_NX < held)[..., None], y_NXD.astype(jnp.float32) * weights_NX[..., None], 0)
-        routed_BSD = _sum(y_NXD).astype(x_BSD.dtype).reshape(x_BSD.shape[0], -1, x_BSD.shape[2])
+        here_NX1, weights_NX1 = (local_NX < held)[..., None], weights_NX[..., None]
+        part = lambda x: jnp.where(here_NX1[:, x], y_NXD[:, x].astype(jnp.float32) * weights_NX1[:, x], 0)
+        routed_ND = functools.reduce(jnp.add, map(part, range(weights_NX.shape[1])))
+        routed_BSD = routed_ND.astype(x_BSD.dtype).reshape(x_BSD.shape[0], -1, x_BSD.shape[2])
     with jax.named_scope("shared_experts"):
         shared_BSD = linear(jax.nn.silu(gate) * up, shared["down_proj"])
     return parallel.return_tokens(routed_BSD, shared_BSD)

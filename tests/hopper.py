@@ -33,6 +33,9 @@ def configurations():
     import jax
     import jax.numpy as jnp
 
+    sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+    import kernels_grouped_matmul as products
+
     from pallas_kernels import (
         grouped_matmul_gpu,
         index_topk_gpu,
@@ -82,27 +85,19 @@ def configurations():
     for H in (20, 64):
         args = (spec((1, 1024, H, 576)), spec((1, 65536, 576)), layer, spec((1, 1024, 2048), i32))
         yield f"sparse_mla gradient {H} heads", gradient, args
-    for N in (4, 64, 32768):
+    for N in (64, 32768):
         for D, F in ((2048, 1536), (1536, 2048)):
             args = (spec((N, D)), spec((46, 64, D, F)), layer, spec((64,), i32))
             yield f"grouped_matmul {N} x {D} x {F}", grouped_matmul_gpu.grouped_matmul, args
-    for N, F, D in ((1, 768, 2048), (1, 5120, 768), (1, 2048, 5120), (1, 2048, 10240), (4, 2048, 5120)):
-        args = (spec((N, D)), spec((47, F, D)), layer)
-        yield f"layer_matmul {N} x {D} x {F}", layer_matmul_gpu.layer_matmul, args
-    for N in (1, 4):
-        args = (spec((N, 2048)), [spec((47, F, 2048)) for F in (768, 576)], layer)
-        yield f"layer_matmul {N} x 2048 x 768 and 576", layer_matmul_gpu.layer_matmul, args
-        for widths, D in (((768, 576), 2048), ((5120,), 768), ((1536, 1536, 64), 2048)):
-            norm = spec((47, D)), layer
-            args = (spec((N, D)), [spec((47, F, D)) for F in widths], layer, norm)
-            f = lambda x, w, layer, norm: layer_matmul_gpu.layer_matmul(x, w, layer, None, norm, 1e-5)
-            yield f"layer_matmul of a normed {N} x {D} x {' and '.join(map(str, widths))}", f, args
-        args = (spec((N, 20, 512)), spec((47, 20, 256, 512)), layer)
-        yield f"layer_matmul {N} x 20 heads of 512 x 256", layer_matmul_gpu.layer_matmul, args
-        args = (spec((N, 20, 192)), spec((47, 20, 192, 512)), layer)
-        yield f"expert_matmul {N} x 20 heads of 192 x 512", matvec_gpu.expert_matmul, args
-        args = (spec((N, 2048)), [spec((46, 64, 2048, 1536))] * 2, layer, spec((N, 4), i32))
-        yield f"expert_matmul {N} x 4 experts of 2048 x two of 1536", matvec_gpu.expert_matmul, args
+    for N in (1, 4):  # every product of a decode step, as benchmarks/kernels.py checks them on a device
+        for form, (layers, (*heads, D), outs, dtype, eps) in products.LINEAR.items():
+            norm = None if eps is None else (spec((47, D)), layer)
+            args = (spec((N, 1, *heads, D)), [spec((layers, *heads, F, D)) for F in outs], layer, norm)
+            f = lambda x, w, layer, norm, dtype=dtype, eps=eps: layer_matmul_gpu.layer_matmul(x, w, layer, dtype, norm, eps)
+            yield f"layer_matmul {form}, {N} sequences", f, args
+        for form, (shape, inner, count, each) in products.EXPERT.items():
+            args = (spec((N, *inner)), [spec(shape)] * count, layer, spec((N, each), i32) if each else None)
+            yield f"expert_matmul {form}, {N} sequences", matvec_gpu.expert_matmul, args
     for dtype in ("bfloat16", "float8_e4m3fn"):
         for name, S, pages in [("prefill", 1024, 512), ("decode", 1, 784)]:
             keys = spec((12, pages * 256, 128), dtype)
