@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import expert_matmul, layer_matmul, rms_norm
+from pallas_kernels import expert_matmul, has_kernel, layer_matmul, rms_norm
 
 from .config import Config
 
@@ -128,9 +128,15 @@ def project(c: Config, p, x_BSD, tables):
         h_BSD, (qa, kv) = norm_linear(x_BSD, norm, p["q_a_proj"], p["kv_a_proj_with_mqa"])
         qa_BSQ, (q,) = norm_linear(qa, Norm(p["q_a_layernorm"], 1e-6), p["q_b_proj"])
         q = q.reshape(B, S, -1, N + c.qk_rope_head_dim)
+        q_rope = rope(q[..., N:], tables, c.rope_interleave)
         stack, layer, implementation = Stacked.of(p["k_b_proj"])
-        q_latent = expert_matmul(q, stack, layer, implementation=implementation)  # of the first N columns
-        q_BSHU = jnp.concatenate([q_latent, rope(q[..., N:], tables, c.rope_interleave)], -1)
+        if has_kernel("expert_matmul", implementation, q, stack, layer):
+            q_latent = expert_matmul(q, stack, layer, implementation=implementation)  # of the first N columns
+            q_BSHU = jnp.concatenate([q_latent, q_rope], -1)
+        else:
+            # Of many queries a concatenation would be a pass over 94 MB; columns of zeros make room beforehand.
+            wide = jnp.pad(stack[layer], ((0, 0), (0, 0), (0, c.qk_rope_head_dim)))
+            q_BSHU = expert_matmul(q, wide[None], 0, implementation="reference").at[..., C:].set(q_rope)
     with jax.named_scope("kv_proj"):
         latent = rms_norm(kv[..., :C], Stacked.of(p["kv_a_layernorm"]).value, 1e-6)
         latent_BSU = jnp.concatenate([latent, rope(kv[..., C:], tables, c.rope_interleave)], -1)
