@@ -164,6 +164,15 @@ def check_linear(N, form):
     return found | compared(y, x, [a[layer] for a in w], spec, reference.each(how["dtype"], w)) | {"repeats": same}
 
 
+def check_added(N):
+    """The output projection with the residual in its launch is the one without it, and a sum."""
+    (x, w, layer), _ = linear(N, "o")
+    add = draw((N, 1, w[0].shape[1]), 97)
+    f = lambda x, w, layer, add=None: layer_matmul_gpu.layer_matmul(x, w, layer, None, None, None, add)
+    (y, same), plain = repeated(f, x, w[0], layer, add, calls=8), jax.jit(f)(x, w[0], layer)
+    return {"the sum": bool((y == plain + add).all()), "repeats": same}
+
+
 def check_experts(N, form):
     shape, inner, count, each = EXPERT[form]
     w, layer, x = [stack(shape, n) for n in range(count)], jnp.int32(shape[0] - 1), draw((N, *inner), N)
@@ -239,6 +248,8 @@ def cases():
     for form in LINEAR:
         for N in (1, 2, 4) if form.startswith("large") else (1, 4):
             yield Check(f"{op}.dense.{form}.{N}", make(check_linear, N, form))
+    for N in (1, 4):
+        yield Check(f"{op}.dense.o_added.{N}", make(check_added, N))
     for form in EXPERT:
         for N in (1, 2, 3, 4):
             yield Check(f"{op}.decode.{form}.{N}", make(check_experts, N, form))

@@ -81,13 +81,13 @@ def at_layer(params: dict, layer, implementation: str) -> dict:
     return jax.tree.map(lambda a: Stacked(a, layer, implementation), params)
 
 
-def linear(x, *weights, dtype=None):
+def linear(x, *weights, dtype=None, add=None):
     """x [..., in] times each weight [out, in], or by head x [..., H, in] times [H, out, in]; arrays or Stacked.
 
-    One result or a list, in ``dtype`` or x's.
+    One result or a list, in ``dtype`` or x's; ``add`` [..., out] is added to a single one.
     """
     stacks, (layer, *_), (implementation, *_) = zip(*map(Stacked.of, weights), strict=True)
-    y = layer_matmul(x, list(stacks), layer, dtype=dtype, implementation=implementation)
+    y = layer_matmul(x, list(stacks), layer, dtype=dtype, add=add, implementation=implementation)
     return y if len(y) > 1 else y[0]
 
 
@@ -143,11 +143,11 @@ def project(c: Config, p, x_BSD, tables):
     return h_BSD, qa_BSQ, q_BSHU, latent_BSU
 
 
-def output(p, o_BSHC):
-    """Value up-projection and output projection of attention results in the latent space: [B,S,D]."""
+def output(p, o_BSHC, add_BSD=None):
+    """Value up-projection and output projection of attention results in the latent space: [B,S,D], and ``add_BSD``."""
     with jax.named_scope("o_proj"):
         o = linear(o_BSHC, p["v_b_proj"])
-        return linear(o.reshape(*o.shape[:2], -1), p["o_proj"])
+        return linear(o.reshape(*o.shape[:2], -1), p["o_proj"], add=add_BSD)
 
 
 def index_queries(c: Config, p, h_BSD, qa_BSQ, tables):

@@ -254,7 +254,7 @@ def run_layers(
             with jax.named_scope("sparse_mla"):
                 o_BSHC, lse_BSH = sparse_mla(q_BSHU, pool, at, plan.rows, **kernel)
         o_BSHC = parallel.weigh_outputs(o_BSHC, lse_BSH)
-        x_BSD = x_BSD + parallel.sum_outputs(attention.output(p, o_BSHC))
+        x_BSD = parallel.add_outputs(x_BSD, functools.partial(attention.output, p, o_BSHC))
         norm = attention.Norm(p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
             if kind == "dense":

@@ -116,7 +116,7 @@ def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E, *, implementa
     return _where_it_can("grouped_swiglu", implementation, x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E)
 
 
-def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, implementation="auto"):
+def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, add=None, implementation="auto"):
     """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in ``dtype`` or x's.
 
     A kernel reads the matrices of a decode step's few rows in place, at memory speed.
@@ -127,9 +127,10 @@ def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, implementation
       dtype: one for all products, or a tuple of theirs.
       norm: (weights [L,D], layer); then it is ``rms_norm(x, weights[layer], eps)`` that is multiplied, and the result is
         (product or products, normed x).
+      add: [..., F], what is added to the rounded product of a single stack without a norm.
       implementation: "gpu" and "tpu" as in ``grouped_matmul``.
     """
-    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype, norm, eps)
+    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype, norm, eps, add)
 
 
 def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"):

@@ -207,11 +207,13 @@ def each(dtype, stacks) -> tuple:
     return dtype if isinstance(dtype, tuple) else (dtype,) * len(stacks)
 
 
-def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None):
+def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None, add=None):
     """See ``pallas_kernels.layer_matmul``."""
     if norm is not None:
         x = rms_norm(x, norm[0][norm[1]], eps)
         return layer_matmul(x, w, layer, dtype), x
+    if add is not None:
+        return jax.tree.map(lambda y: y + add, layer_matmul(x, w, layer, dtype))
     spec = "...d,fd->...f" if jax.tree.leaves(w)[0].ndim == 3 else "...hd,hfd->...hf"
     # Where float32 is asked for, its factors are not rounded.
     precision = lambda dtype: "highest" if x.dtype == dtype == jnp.float32 else None

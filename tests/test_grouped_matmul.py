@@ -145,6 +145,9 @@ def test_layer_matmul(monkeypatch, N, F, D):
         for y, columns in zip(got, (want[:, :16], want), strict=True):
             assert y.dtype == dtype
             np.testing.assert_allclose(np.asarray(y, np.float64), columns, **tolerance)
+    add = jnp.asarray(8 * rng.standard_normal((N, F)), jnp.bfloat16)
+    product, more = (layer_matmul_gpu.layer_matmul(x, w, jnp.int32(2), None, None, None, a) for a in (None, add))
+    np.testing.assert_array_equal(more, product + add)
     loss = lambda f: lambda x, w: sum((y.astype(jnp.float32) ** 2).sum() for y in f(x, [w, 2 * w], jnp.int32(2)))
     got = jax.grad(loss(layer_matmul_gpu.layer_matmul), (0, 1))(x, w)
     for a, b in zip(got, jax.grad(loss(pallas_kernels.layer_matmul), (0, 1))(x, w), strict=True):

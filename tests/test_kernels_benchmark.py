@@ -181,7 +181,7 @@ def test_every_product_of_a_decode_step_has_its_check(monkeypatch, sequences):
     def form(op, x, w, layer, *rest):
         stacks = tuple(a.shape for a in jax.tree.leaves(w))
         if op == "layer_matmul":
-            dtype, norm, eps = rest
+            dtype, norm, eps, _ = rest
             return stacks, reference.each(dtype, stacks), eps, norm and norm[0].shape
         return (stacks, x.shape) if op.startswith("grouped") else (stacks, x.shape, rest[0] is not None, rest[1])
 
@@ -211,7 +211,7 @@ def test_every_product_of_a_decode_step_has_its_check(monkeypatch, sequences):
 def test_the_check_of_a_normed_product_can_fail(monkeypatch, fault):
     """A product in the kernel's place: right, and with a fault in one thing (test_grouped_matmul has the kernel)."""
 
-    def product(x, w, layer, dtypes, norm, eps):
+    def product(x, w, layer, dtypes, norm, eps, add=None):
         h = reference.rms_norm(x, norm[0][norm[1] - (fault == "norm layer")], 0.0 if fault == "eps" else eps)
         h = jax.lax.optimization_barrier(h)  # or XLA multiplies what has not been rounded
         y, logits = (h.astype(jnp.float32) @ a[layer - (fault == "layer")].astype(jnp.float32).T for a in w)
