@@ -180,6 +180,7 @@ def about(args) -> dict:
 
     device = jax.devices()[0].device_kind
     shape = dict(preset=args.preset, layers=args.layers, seed=args.seed, mesh=args.mesh)
+    shape |= dict(prefill_chunk=args.prefill_chunk) if args.prefill_chunk else {}
     return shape | dict(device=device, versions=info.versions())
 
 

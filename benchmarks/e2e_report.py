@@ -39,6 +39,7 @@ def write(out: Path) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     layers = f", the first {about['layers']} layers only" if about["layers"] else ""
     mesh = f", {about['mesh']}" if about.get("mesh") else ""
+    mesh += f", chunks of {about['prefill_chunk']} tokens" if about.get("prefill_chunk") else ""
     lines = [
         f"# {about['preset']} end to end, {about['device']}{mesh}", "",
         f"`python benchmarks/e2e.py`; {versions}; random bf16 weights, seed {about['seed']}{layers}. Wall time of whole "

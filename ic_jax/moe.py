@@ -64,7 +64,7 @@ def route(c: Config, p, logits_NE):
         biased_NE = jnp.where(keep[..., None], groups, -jnp.inf).reshape(-1, E)
     experts_NX, weights_NX = _top(biased_NE, scores_NE, c.num_experts_per_tok)
     if c.norm_topk_prob:
-        weights_NX = weights_NX / (_sum(weights_NX)[:, None] + 1e-20)
+        weights_NX = weights_NX / (_sum(lambda x: weights_NX[:, x], weights_NX.shape[1])[:, None] + 1e-20)
     return experts_NX, weights_NX * c.routed_scaling_factor
 
 
@@ -81,9 +81,9 @@ def _top(biased_NE, scores_NE, k: int):
     return tuple(jnp.where(is_NXE, a, 0).sum(-1) for a in (expert_E, scores_NE[:, None]))
 
 
-def _sum(a_NX):
-    """The sum over a token's experts, one by one: unlike a reduction, XLA fuses that with what comes next."""
-    return functools.reduce(jnp.add, [a_NX[:, i] for i in range(a_NX.shape[1])])
+def _sum(part, count: int):
+    """part(0) + part(1) + ...: unlike a reduction, XLA fuses that with what comes before and next."""
+    return functools.reduce(jnp.add, map(part, range(count)))
 
 
 def experts(c: Config, p, stacks, layer, x_BSD, norm=None, *, implementation="auto", parallel=ALONE):
@@ -106,7 +106,7 @@ def experts(c: Config, p, stacks, layer, x_BSD, norm=None, *, implementation="au
         # A token's experts are added in the router's order: no scatter, so the sum is deterministic.
         here_NX1, weights_NX1 = (local_NX < held)[..., None], weights_NX[..., None]
         part = lambda x: jnp.where(here_NX1[:, x], y_NXD[:, x].astype(jnp.float32) * weights_NX1[:, x], 0)
-        routed_ND = functools.reduce(jnp.add, map(part, range(weights_NX.shape[1])))
+        routed_ND = _sum(part, weights_NX.shape[1])
         routed_BSD = routed_ND.astype(x_BSD.dtype).reshape(x_BSD.shape[0], -1, x_BSD.shape[2])
     with jax.named_scope("shared_experts"):
         shared_BSD = linear(jax.nn.silu(gate) * up, shared["down_proj"])
