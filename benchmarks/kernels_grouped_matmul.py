@@ -1,4 +1,4 @@
-"""Cases of grouped_matmul, layer_matmul and expert_matmul for kernels.py: experts of a prefill, and the products of decode.
+"""Cases of the matrix products for kernels.py: experts of a prefill, and every product of decode.
 
 FLOPs are 2*N*D*F; bytes those of the matrices read, and of the rows in prefill. Decode is timed as one program through
 all layers, sums and loop included, so that no matrix is found in the cache; time a layer.
@@ -58,6 +58,7 @@ GROUPED = [  # layers, experts, D, F, rows, kind: 20 and 64 rows are decode of 5
     (LAYERS, EXPERTS, 1536, 2048, 8192, "skewed"),
     *((LAYERS, EXPERTS, *shape, rows, "random") for shape in (GATE, DOWN) for rows in (1, 4, 16, 20, 64)),
 ]
+SWIGLU = ((64, "random"), (300, "random"), (4099, "random"), (8192, "skewed"))  # rows, kind
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,6 +90,32 @@ def check_grouped(layers, experts, D, F, N, kind):
     want = jax.jit(wanted)(*args)
     error = float(jnp.abs(y.astype(F32) - want).max() / jnp.abs(want).max())
     return {f"{error:.1e} of the largest": error < 2**-7, "repeats": same}
+
+
+def gate_and_up(x, gate, up, layer, sizes):
+    """What grouped_swiglu does in one launch, in two and a pass."""
+    product = functools.partial(grouped_matmul_gpu.grouped_matmul, layer=layer, group_sizes_E=sizes)
+    return jax.nn.silu(product(x, gate)) * product(x, up)
+
+
+def swiglu(N, kind, layers=8):
+    gate, sizes = stack((layers, EXPERTS, *GATE)), group_sizes(kind, N)
+    return (draw((N, GATE[0]), N) / 8, gate, gate[:, ::-1], jnp.int32(layers - 1), jnp.asarray(sizes)), sizes
+
+
+def check_swiglu(N, kind):
+    """Against two launches: equal but for a few gates whose exponential another one rounds otherwise."""
+    args, _ = swiglu(N, kind)
+    y, same = repeated(grouped_matmul_gpu.grouped_swiglu, *args)
+    want, y = jax.jit(gate_and_up)(*args).astype(F32), y.astype(F32)
+    differ, largest = float((y != want).mean()), float((jnp.abs(y - want) / (jnp.abs(want) + 1e-9)).max())
+    return {f"{differ:.1e} of them differ": differ < 1e-3, f"by {largest:.1e} at most": largest <= 2**-6, "repeats": same}
+
+
+def swiglu_of_prefill(f, N, kind):
+    args, sizes = swiglu(N, kind)
+    D, F = GATE
+    return Work(f, args, flops=4 * N * D * F, moved=2 * (N * (D + F) + 2 * int((sizes > 0).sum()) * D * F))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -135,6 +162,15 @@ def check_linear(N, form):
         found = {f"norm {error:.2f} of rounding": error <= 1}
     spec = "bsd,fd->bsf" if x.ndim == 3 else "bshd,hfd->bshf"
     return found | compared(y, x, [a[layer] for a in w], spec, reference.each(how["dtype"], w)) | {"repeats": same}
+
+
+def check_added(N):
+    """The output projection with the residual in its launch is the one without it, and a sum."""
+    (x, w, layer), _ = linear(N, "o")
+    add = draw((N, 1, w[0].shape[1]), 97)
+    f = lambda x, w, layer, add=None: layer_matmul_gpu.layer_matmul(x, w, layer, None, None, None, add)
+    (y, same), plain = repeated(f, x, w[0], layer, add, calls=8), jax.jit(f)(x, w[0], layer)
+    return {"the sum": bool((y == plain + add).all()), "repeats": same}
 
 
 def check_experts(N, form):
@@ -207,9 +243,13 @@ def cases():
     for layers, experts, D, F, N, kind in GROUPED:
         name = f"{N}_{kind}.{layers}x{experts}x{D}x{F}"
         yield Check(f"{op}.{'prefill' if N > 64 else 'decode'}.{name}", make(check_grouped, layers, experts, D, F, N, kind))
+    for N, kind in SWIGLU:
+        yield Check(f"{op}.prefill.swiglu.{N}_{kind}", make(check_swiglu, N, kind))
     for form in LINEAR:
         for N in (1, 2, 4) if form.startswith("large") else (1, 4):
             yield Check(f"{op}.dense.{form}.{N}", make(check_linear, N, form))
+    for N in (1, 4):
+        yield Check(f"{op}.dense.o_added.{N}", make(check_added, N))
     for form in EXPERT:
         for N in (1, 2, 3, 4):
             yield Check(f"{op}.decode.{form}.{N}", make(check_experts, N, form))
@@ -223,6 +263,9 @@ def cases():
     for D, F in (GATE, DOWN):
         for N, kind in ((32768, "random"), (16384, "random"), (16384, "skewed"), (4096, "random"), (64, "random")):
             yield Timing(f"{op}.prefill.{N}_{kind}.{D}x{F}", prefill(grouped_matmul_gpu.ragged, N, kind, D, F))
+    for N in (32768, 16384, 4096):
+        for path, f in {"one_launch": grouped_matmul_gpu.grouped_swiglu, "two_launches": gate_and_up}.items():
+            yield Timing(f"{op}.prefill.swiglu.{N}_random.{path}", make(swiglu_of_prefill, f, N, "random"))
     for D, F in (GATE, DOWN):
         for N in (4, 8, 16, 32, 64):
             paths = {"single_rows": single_rows, "tiles": grouped_matmul_gpu.ragged}

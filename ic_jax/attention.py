@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import expert_matmul, layer_matmul, rms_norm
+from pallas_kernels import expert_matmul, has_kernel, layer_matmul, rms_norm
 
 from .config import Config
 
@@ -81,13 +81,13 @@ def at_layer(params: dict, layer, implementation: str) -> dict:
     return jax.tree.map(lambda a: Stacked(a, layer, implementation), params)
 
 
-def linear(x, *weights, dtype=None):
+def linear(x, *weights, dtype=None, add=None):
     """x [..., in] times each weight [out, in], or by head x [..., H, in] times [H, out, in]; arrays or Stacked.
 
-    One result or a list, in ``dtype`` or x's.
+    One result or a list, in ``dtype`` or x's; ``add`` [..., out] is added to a single one.
     """
     stacks, (layer, *_), (implementation, *_) = zip(*map(Stacked.of, weights), strict=True)
-    y = layer_matmul(x, list(stacks), layer, dtype=dtype, implementation=implementation)
+    y = layer_matmul(x, list(stacks), layer, dtype=dtype, add=add, implementation=implementation)
     return y if len(y) > 1 else y[0]
 
 
@@ -128,20 +128,26 @@ def project(c: Config, p, x_BSD, tables):
         h_BSD, (qa, kv) = norm_linear(x_BSD, norm, p["q_a_proj"], p["kv_a_proj_with_mqa"])
         qa_BSQ, (q,) = norm_linear(qa, Norm(p["q_a_layernorm"], 1e-6), p["q_b_proj"])
         q = q.reshape(B, S, -1, N + c.qk_rope_head_dim)
+        q_rope = rope(q[..., N:], tables, c.rope_interleave)
         stack, layer, implementation = Stacked.of(p["k_b_proj"])
-        q_latent = expert_matmul(q, stack, layer, implementation=implementation)  # of the first N columns
-        q_BSHU = jnp.concatenate([q_latent, rope(q[..., N:], tables, c.rope_interleave)], -1)
+        if has_kernel("expert_matmul", implementation, q, stack, layer):
+            q_latent = expert_matmul(q, stack, layer, implementation=implementation)  # of the first N columns
+            q_BSHU = jnp.concatenate([q_latent, q_rope], -1)
+        else:
+            # Of many queries a concatenation would be a pass over 94 MB; columns of zeros make room beforehand.
+            wide = jnp.pad(stack[layer], ((0, 0), (0, 0), (0, c.qk_rope_head_dim)))
+            q_BSHU = expert_matmul(q, wide[None], 0, implementation="reference").at[..., C:].set(q_rope)
     with jax.named_scope("kv_proj"):
         latent = rms_norm(kv[..., :C], Stacked.of(p["kv_a_layernorm"]).value, 1e-6)
         latent_BSU = jnp.concatenate([latent, rope(kv[..., C:], tables, c.rope_interleave)], -1)
     return h_BSD, qa_BSQ, q_BSHU, latent_BSU
 
 
-def output(p, o_BSHC):
-    """Value up-projection and output projection of attention results in the latent space: [B,S,D]."""
+def output(p, o_BSHC, add_BSD=None):
+    """Value up-projection and output projection of attention results in the latent space: [B,S,D], and ``add_BSD``."""
     with jax.named_scope("o_proj"):
         o = linear(o_BSHC, p["v_b_proj"])
-        return linear(o.reshape(*o.shape[:2], -1), p["o_proj"])
+        return linear(o.reshape(*o.shape[:2], -1), p["o_proj"], add=add_BSD)
 
 
 def index_queries(c: Config, p, h_BSD, qa_BSQ, tables):

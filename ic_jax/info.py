@@ -45,7 +45,9 @@ def op_arguments(
     keys = spec((G, rows, c.index_head_dim), index_dtype or dtype)
     scales = spec((G, rows), "float32") if fp8 else None
     attention = dict(scale=c.softmax_scale, value_dim=c.kv_lora_rank)
-    layers, F = max(c.mlp_layer_types.count("sparse"), 1), c.moe_intermediate_size
+    layers, E, F = max(c.mlp_layer_types.count("sparse"), 1), c.n_routed_experts, c.moe_intermediate_size
+    experts, group_sizes = spec((layers, E, c.hidden_size, F)), spec((E,), "int32")
+    sorted_rows = spec((B * S * c.num_experts_per_tok, c.hidden_size))
     return {
         "index_topk": (
             (spec((B, S, c.index_n_heads, c.index_head_dim), query_dtype), spec((B, S, c.index_n_heads), "float32"),
@@ -55,15 +57,10 @@ def op_arguments(
         "plan_rows": ((spec((B, S, K), "int32"), table, c.num_attention_heads, pool), dict(page_size=PAGE_SIZE)),
         "sparse_mla": ((q, pool, scalar, spec((B, S, K), "int32")), attention),
         "dense_mla": ((q, pool, scalar, table, positions), attention | dict(page_size=PAGE_SIZE)),
-        "grouped_matmul": (
-            (spec((B * S * c.num_experts_per_tok, c.hidden_size)),
-             spec((layers, c.n_routed_experts, c.hidden_size, F)), scalar, spec((c.n_routed_experts,), "int32")),
-            {},
-        ),
+        "grouped_matmul": ((sorted_rows, experts, scalar, group_sizes), {}),
+        "grouped_swiglu": ((sorted_rows, experts, experts, scalar, group_sizes), {}),
         "expert_matmul": (
-            (spec((B * S, c.hidden_size)), spec((layers, c.n_routed_experts, c.hidden_size, F)), scalar,
-             spec((B * S, c.num_experts_per_tok), "int32")),
-            {},
+            (spec((B * S, c.hidden_size)), experts, scalar, spec((B * S, c.num_experts_per_tok), "int32")), {},
         ),
         "layer_matmul": (
             (spec((B, S, c.hidden_size)), spec((c.num_hidden_layers, c.q_lora_rank, c.hidden_size)), scalar), {},

@@ -1,4 +1,4 @@
-"""The model on one page: embed -> scan over layers with the IndexPlan in the carry -> logits.
+"""The model on one page: embed -> loop over layers with the IndexPlan in the carry -> logits.
 
 ``forward`` is a pure function of arrays. A full (F) layer writes its index keys and selects; a shared (S) layer leaves
 the plan as it found it: no indexer work, weights or memory. The pattern is ``slots``, one entry a layer (see
@@ -235,11 +235,9 @@ def run_layers(
     scratch = cache.latent_LMU.shape[0] < c.num_hidden_layers
 
     def layer_step(kind, full, earlier, layer, carry):
-        x_BSD, plan, cache = carry
+        x_BSD, plan, cache, kept = carry
         # Looked up by arithmetic: XLA's GPU compiler would start a slice apart from a layer's other kernels.
-        here_L, nth = jnp.arange(len(slots_L)) == layer, layer - earlier
-        slot = jnp.where(here_L, slots_L, 0).sum()
-        full = (here_L & (slots_L >= 0)).any() if full is None else full
+        nth, slot = layer - earlier, jnp.where(jnp.arange(L) == layer, slots_L, 0).sum()
         at = 0 if scratch else layer
         p = attention.at_layer(params["layers"], layer, implementation)
         h_BSD, qa_BSQ, q_BSHU, latent_BSU = attention.project(c, p, x_BSD, tables)
@@ -250,13 +248,13 @@ def run_layers(
         if dense:
             o_BSHC, lse_BSH = dense_mla(q_BSHU, pool, at, pages_BP, seen_BS, page_size=cache.page_size, **kernel)
         else:
-            if full is not False:
-                plan, cache = _refresh(c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables,
+            if full:
+                plan, cache = _refresh(c, params, slot, plan, cache, h_BSD, qa_BSQ, tables,
                                        pages_BP, seen_BS, rows_BS, implementation, parallel)  # fmt: skip
             with jax.named_scope("sparse_mla"):
                 o_BSHC, lse_BSH = sparse_mla(q_BSHU, pool, at, plan.rows, **kernel)
         o_BSHC = parallel.weigh_outputs(o_BSHC, lse_BSH)
-        x_BSD = x_BSD + parallel.sum_outputs(attention.output(p, o_BSHC))
+        x_BSD = parallel.add_outputs(x_BSD, functools.partial(attention.output, p, o_BSHC))
         norm = attention.Norm(p["post_attention_layernorm"], c.rms_norm_eps)
         with jax.named_scope(kind):
             if kind == "dense":
@@ -268,56 +266,60 @@ def run_layers(
                 p = attention.at_layer(p, nth, implementation)
                 how = dict(implementation=implementation, parallel=parallel)
                 x_BSD = x_BSD + moe.experts(c, p, stacks, nth, x_BSD, norm, **how)
-        return (x_BSD, plan, cache), plan.positions_BSK if keep_selections else None
+        if keep_selections:
+            kept = kept.at[layer].set(plan.positions_BSK)
+        return x_BSD, plan, cache, kept
 
-    selections, slots_L = [], jnp.asarray(slots, jnp.int32)
-    seen = {"dense": 0, "sparse": 0}
-    for (kind, full), run in itertools.groupby(
-        range(c.num_hidden_layers), lambda i: (c.mlp_layer_types[i], slots[i] >= 0 if static and not dense else None)
-    ):
+    L, slots_L, seen = len(slots), jnp.asarray(slots, jnp.int32), {"dense": 0, "sparse": 0}
+    kept = jnp.zeros((L, *carry[1].positions_BSK.shape), jnp.int32) if keep_selections else None
+    # The first full layer at or after each, or L.
+    next_full_L = lax.cummin(jnp.where(slots_L >= 0, jnp.arange(L), L), reverse=True)
+    carry = *carry, kept
+    # Of a pattern that is data the first layer is known: there is nothing yet that it could share.
+    known = lambda i: slots[i] >= 0 if static else i == 0 or None
+    for (kind, full), run in itertools.groupby(range(L), lambda i: (c.mlp_layer_types[i], None if dense else known(i))):
         layers = list(run)
-        step = functools.partial(layer_step, kind, full, layers[0] - seen[kind])
+        earlier = layers[0] - seen[kind]
         seen[kind] += len(layers)
-        if span is None:
-            # Layers are counted in the carry: numbers to scan over would be sliced out one by one.
-            def one(carry, _, step=step):
-                out, kept = step(*carry)
-                return (carry[0] + 1, out), kept
+        first, last = layers[0], layers[-1] + 1
+        if span is not None:
+            first, last = (jnp.clip(end, first, last) for end in span)
 
-            (_, carry), kept = lax.scan(one, (jnp.int32(layers[0]), carry), length=len(layers))
-            selections.append(kept)
-        else:
-            first, last = (jnp.clip(end, layers[0], layers[-1] + 1) for end in span)
-            carry = lax.fori_loop(first, last, lambda layer, carry, step=step: step(layer, carry)[0], carry)
-    return carry, jnp.concatenate(selections) if keep_selections and span is None else None
+        def loop(first, last, full, carry, kind=kind, earlier=earlier):
+            with jax.named_scope("full" if full else "shared"):
+                return lax.fori_loop(first, last, functools.partial(layer_step, kind, full, earlier), carry)
+
+        def group(at, loop=loop, last=last):
+            """The shared layers up to the next full one, and that one: loops, as a branch would copy the caches."""
+            layer, carry = at
+            stop = jnp.minimum(jnp.where(jnp.arange(L) == layer, next_full_L, 0).sum(), last)
+            carry = loop(layer, stop, False, carry)
+            layer = jnp.minimum(stop + 1, last)
+            return layer, loop(stop, layer, True, carry)
+
+        with jax.named_scope(f"layers_{layers[0]}_{layers[-1]}"):
+            if full is not None or dense:
+                carry = loop(first, last, bool(full), carry)
+            else:
+                _, carry = lax.while_loop(lambda at, last=last: at[0] < last, group, (jnp.int32(first), carry))
+    *carry, kept = carry
+    return tuple(carry), kept
 
 
-def _refresh(
-    c, params, slot, full, plan, cache, h_BSD, qa_BSQ, tables, pages_BP, seen_BS, rows_BS, implementation, parallel
-):
-    """Plan and cache after the indexer of an F layer; unchanged where ``full`` is data and says that this is none."""
+def _refresh(c, params, slot, plan, cache, h_BSD, qa_BSQ, tables, pages_BP, seen_BS, rows_BS, implementation, parallel):
+    """Plan and cache after the indexer of an F layer."""
     quantized = cache.index_scales_GM is not None
     at = slot if cache.index_keys_GMJ.shape[0] == params["indexer"]["wk"].shape[0] else 0
-    weights = lambda: attention.at_layer(params["indexer"], slot, implementation)
-    if_full = lambda do, otherwise: do() if full is True else lax.cond(full, do, otherwise)
-
-    def keys():
-        k_BSJ = attention.index_keys(c, weights(), h_BSD, tables)
-        k = attention.quantize_e4m3(k_BSJ) if quantized else (k_BSJ.astype(cache.index_keys_GMJ.dtype), None)
-        return jax.tree.map(parallel.all_tokens, k)
-
+    weights = attention.at_layer(params["indexer"], slot, implementation)
     with jax.named_scope("index_keys"):
-        zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(keys))
-        k_BSJ, scale_BS = if_full(keys, zeros)
-        # The pool is written outside the branch, which would copy it; an S layer's rows are out of range and dropped.
-        rows_BS = jnp.where(full, rows_BS, cache.latent_LMU.shape[1])
-        cache = cache.write_index_keys(at, rows_BS, k_BSJ, scale_BS)
-
-    def select():
+        k_BSJ = attention.index_keys(c, weights, h_BSD, tables)
+        k = attention.quantize_e4m3(k_BSJ) if quantized else (k_BSJ.astype(cache.index_keys_GMJ.dtype), None)
+        cache = cache.write_index_keys(at, rows_BS, *jax.tree.map(parallel.all_tokens, k))
+    with jax.named_scope("index_topk"):
         # The indexer's heads are not divided: in prefill each tensor rank selects for its share of the queries.
         S, merging = h_BSD.shape[1], parallel.parts > 1 and not parallel.split
         mine = parallel.share((h_BSD, qa_BSQ, tables, seen_BS))
-        q_BSIJ, w_BSI = attention.index_queries(c, weights(), *mine[:3])
+        q_BSIJ, w_BSI = attention.index_queries(c, weights, *mine[:3])
         if quantized:
             q_BSIJ, q_scale_BSI = attention.quantize_e4m3(q_BSIJ)
             w_BSI = w_BSI * q_scale_BSI
@@ -330,7 +332,4 @@ def _refresh(
         positions_BSK, _, *scores = parallel.unshare(found, S)
         if merging:
             positions_BSK = parallel.merge_selections(positions_BSK, *scores, cache.page_size)
-        return index_plan(params, cache, positions_BSK, implementation, parallel)
-
-    with jax.named_scope("index_topk"):
-        return if_full(select, lambda: plan), cache
+        return index_plan(params, cache, positions_BSK, implementation, parallel), cache

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pallas_kernels import expert_matmul, grouped_matmul, has_kernel
+from pallas_kernels import expert_matmul, grouped_matmul, grouped_swiglu, has_kernel
 
 from .attention import Stacked, linear, norm_linear
 from .config import Config
@@ -121,10 +121,8 @@ def _routed(x_ND, stacks, layer, experts_NX, implementation):
         gate_NXF, up_NXF = expert_matmul(x_ND, [gate, up], layer, experts_NX, **how)
         return expert_matmul(jax.nn.silu(gate_NXF) * up_NXF, down, layer, experts_NX, **how)
     token_M, place_NX, group_sizes_E = by_expert(experts_NX, down.shape[1])
-    product = lambda x, w: grouped_matmul(x, w, layer, group_sizes_E, **how)
-    sorted_MD = x_ND[token_M]
-    y_MD = product(jax.nn.silu(product(sorted_MD, gate)) * product(sorted_MD, up), down)
-    return y_MD[place_NX]
+    hidden_MF = grouped_swiglu(x_ND[token_M], gate, up, layer, group_sizes_E, **how)
+    return grouped_matmul(hidden_MF, down, layer, group_sizes_E, **how)[place_NX]
 
 
 def by_expert(experts_NX, held: int):

@@ -167,7 +167,7 @@ class Parallel:
         return jnp.where(at == _LAST, -1, at)
 
     def weigh_outputs(self, o_BSHC, lse_BSH):
-        """Attention over this device's rows as its summand of attention over all devices' rows (``sum_outputs``)."""
+        """Attention over this device's rows as its summand of attention over all devices' rows (``add_outputs``)."""
         if self.parts == 1 or self.split:
             return o_BSHC
         # A query that sees no row anywhere has outputs of zero.
@@ -175,9 +175,14 @@ class Parallel:
         whole_BSH = jax.nn.logsumexp(jnp.where(all_ZBSH == -jnp.inf, _LEAST, all_ZBSH), 0)
         return (o_BSHC.astype(jnp.float32) * jnp.exp(lse_BSH - whole_BSH)[..., None]).astype(o_BSHC.dtype)
 
-    def sum_outputs(self, x_BSD):
-        """Projections of what ``weigh_outputs`` gave, of all heads and all rows: one sum for both."""
-        return self.sum(x_BSD, "tensor", *(() if self.split else SEQUENCE))
+    def add_outputs(self, x_BSD, project):
+        """x and what ``weigh_outputs`` gave, projected, of all heads and all rows: one sum for both.
+
+        ``project(add)``: the projection of this device's, plus ``add`` unless it is None.
+        """
+        axes = "tensor", *(() if self.split else SEQUENCE)
+        divided = any(getattr(self, axis) > 1 for axis in axes)
+        return x_BSD + self.sum(project(None), *axes) if divided else project(x_BSD)
 
     def tokens_spec(self) -> PartitionSpec:
         """Of arrays [B,S]."""

@@ -92,21 +92,31 @@ def programs(config, pattern, sizes: dict[str, int], chip: str, layout) -> dict[
                     "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,
                     "temporaries": memory.temp_size_in_bytes,
                 },
-                collectives=collectives(compiled.as_text(), config.num_hidden_layers, layout.slots),
+                collectives=collectives(compiled.as_text(), pattern),
             )
     return out
 
 
-def collectives(text: str, layers: int, full: int) -> dict[str, tuple[int, int]]:
-    """(number, result bytes) of each kind of collective that a run of this optimised HLO executes.
+def collectives(text: str, pattern) -> dict[str, tuple[int, int]]:
+    """(number, result bytes) of each kind of collective that a run of this optimised HLO executes with ``pattern``.
 
-    Loops count as often as they turn; a branch that only full layers take counts for that share of the turns.
+    Loops count as often as they turn: those over layers (``model.run_layers`` names them) as the pattern says.
     """
     bodies = {m[1]: m[2] for m in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)}
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)[1]
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0])
+    found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
-    def visit(name: str, times: float) -> None:
+    def turns(line: str) -> int:
+        named = re.search(r'op_name="[^"]*layers_(\d+)_(\d+)/(?:while/body/)?(?:(shared|full)/)?while"', line)
+        if pattern and named:
+            layers = pattern.layers[int(named[1]) : int(named[2]) + 1]
+            return dict(shared=layers.count("S"), full=layers.count("F")).get(named[3], 1)
+        # The CPU's compiler states how often a loop turns, the TPU's leaves it to the condition's constant.
+        trips = re.findall(r'known_trip_count":\{"n":"(\d+)"', line)
+        trips = trips or re.findall(r" constant\((\d+)\)", bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])
+        return max(map(int, trips), default=1)
+
+    def visit(name: str, times: int) -> None:
         for line in bodies.get(name, "").splitlines():
             kind = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
             if kind:
@@ -117,17 +127,14 @@ def collectives(text: str, layers: int, full: int) -> dict[str, tuple[int, int]]
                 found[kind[2]][0] += times
                 found[kind[2]][1] += times * nbytes
             if " while(" in line:
-                # The CPU's compiler states how often a loop turns, the TPU's leaves it to the condition's constant.
-                trips = re.findall(r'known_trip_count":\{"n":"(\d+)"', line)
-                trips = trips or re.findall(r" constant\((\d+)\)", bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])
-                visit(re.search(r"body=%?([\w.\-]+)", line)[1], times * max(map(int, trips), default=1))
+                visit(re.search(r"body=%?([\w.\-]+)", line)[1], times * turns(line))
             elif " conditional(" in line:
                 branches = re.findall(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}=]*)", line)
                 for branch in re.findall(r"%?([\w.\-]+)", " ".join(branches)):
-                    visit(branch, times * full / layers)
+                    visit(branch, times)
             elif "-done(" not in line:  # a 7x leaves collectives to its SparseCores, in computations of their own
                 for called in re.findall(r"(?:calls=|to_apply=|called_computations=\{)%?([\w.\-]+)", line):
                     visit(called, times)
 
     visit(entry, 1)
-    return {kind: (round(n), round(size)) for kind, (n, size) in sorted(found.items())}
+    return {kind: (n, size) for kind, (n, size) in sorted(found.items())}

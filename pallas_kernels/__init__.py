@@ -12,8 +12,8 @@ from .reference import rms_norm, scores_at
 from .row_plan import RowPlan, physical_rows
 
 __all__ = [
-    "RowPlan", "dense_mla", "expert_matmul", "grouped_matmul", "has_kernel", "index_topk", "latent_row_shape",
-    "layer_matmul", "pack_rows", "physical_rows", "plan_rows", "rms_norm", "sparse_mla", "unpack_rows",
+    "RowPlan", "dense_mla", "expert_matmul", "grouped_matmul", "grouped_swiglu", "has_kernel", "index_topk",
+    "latent_row_shape", "layer_matmul", "pack_rows", "physical_rows", "plan_rows", "rms_norm", "sparse_mla", "unpack_rows",
 ]  # fmt: skip
 
 
@@ -108,7 +108,15 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto")
     return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
 
 
-def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, implementation="auto"):
+def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E, *, implementation="auto"):
+    """silu(x · gate) * (x · up) of rows sorted by expert, as in ``grouped_matmul``: [N, F] in x's dtype.
+
+    Both products are rounded to that dtype first. Where a kernel can do it the products share a launch and are not stored.
+    """
+    return _where_it_can("grouped_swiglu", implementation, x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E)
+
+
+def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, add=None, implementation="auto"):
     """x [..., D] times the transpose of matrix ``layer`` of a stack [L,F,D]: [..., F] in ``dtype`` or x's.
 
     A kernel reads the matrices of a decode step's few rows in place, at memory speed.
@@ -119,9 +127,10 @@ def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, implementation
       dtype: one for all products, or a tuple of theirs.
       norm: (weights [L,D], layer); then it is ``rms_norm(x, weights[layer], eps)`` that is multiplied, and the result is
         (product or products, normed x).
+      add: [..., F], what is added to the rounded product of a single stack without a norm.
       implementation: "gpu" and "tpu" as in ``grouped_matmul``.
     """
-    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype, norm, eps)
+    return _where_it_can("layer_matmul", implementation, x, w, layer, dtype, norm, eps, add)
 
 
 def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"):
@@ -138,7 +147,7 @@ def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"
 
 
 def has_kernel(op: str, implementation: str, *args) -> bool:
-    """Whether a kernel would run ``grouped_matmul``, ``layer_matmul`` or ``expert_matmul`` on these arguments."""
+    """Whether a kernel would run a grouped op, ``layer_matmul`` or ``expert_matmul`` on these arguments."""
     backends = dict(auto=["gpu", "tpu"], reference=[]).get(implementation, [implementation])
     return any(dispatch.reason_against(op, b, *args) is None for b in backends)
 

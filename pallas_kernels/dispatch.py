@@ -23,6 +23,7 @@ _OPS = {
     "sparse_mla": {"gpu": "sparse_mla_gpu", "tpu": "sparse_mla_tpu"},
     "dense_mla": {},
     "grouped_matmul": {"gpu": "grouped_matmul_gpu", "tpu": "grouped_matmul_tpu"},
+    "grouped_swiglu": {"gpu": "grouped_matmul_gpu", "tpu": "grouped_matmul_tpu"},
     "layer_matmul": {"gpu": "layer_matmul_gpu"},
     "expert_matmul": {"gpu": "matvec_gpu"},
 }

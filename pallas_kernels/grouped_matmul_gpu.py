@@ -3,7 +3,8 @@
 Many rows: a persistent grid walks tiles of 128 rows x 256 columns, a warpgroup loading and two computing 64 rows each.
 Tiles of one expert are neighbours, so its matrix comes from memory once. They start at a multiple of eight rows, as
 swizzled copies must: a tile may hold rows of other experts, which are not stored; half a tile without own rows is not
-computed. A few rows, as in decode, read their matrices through `matvec_gpu.py`.
+computed. Two matrices, gate and up, share a launch and its x: 128 columns of each in the place of 256, and silu(gate) * up
+is what is stored. A few rows, as in decode, read their matrices through `matvec_gpu.py`.
 """
 
 import functools
@@ -45,10 +46,18 @@ def tile_table(group_sizes_E, N, columns):
     return table.astype(jnp.int32), ends_E[-1].astype(jnp.int32)
 
 
-def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, full, empty, depth, first_row):
-    """The kernel body; meta: the layer and the number of tiles; first_row(layer, expert) of w_MF [layers * E * D, F]."""
+def _swiglu(gate, up):
+    """silu(gate) * up in bfloat16, rounded after every step as XLA does on a GPU; the exponential is a fast float32 one."""
+    exp = jnp.exp((-gate).astype(jnp.float32)).astype(gate.dtype)  # negated first: packed, whose conversions are fast
+    return gate * (1 / (1 + exp)) * up
+
+
+def _kernel(x_ND, table_T5, meta_2, *refs, x_smem, w_smem, out_smem, full, empty, depth, first_row):
+    """The kernel body; meta: the layer and the number of tiles; refs: one or two stacks [layers * E * D, F], in which a
+    matrix begins at first_row(layer, expert), and the result."""
+    *stacks_MF, y_NF = refs
     worker, wg = lax.axis_index("worker"), lax.axis_index("wg")
-    steps, (stages, _, width) = depth // DEPTH, w_smem.shape
+    steps, (stages, _, _, width) = depth // DEPTH, w_smem.shape
     mine = lax.div(meta_2[1] - worker + SMS - 1, SMS)
     stage_of = lambda step: lax.rem(step, stages)
 
@@ -68,9 +77,10 @@ def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, ful
                     plgpu.barrier_wait(empty.at[stage])
 
                 x_tile = x_ND.at[pl.ds(row, ROWS), pl.ds(k * DEPTH, DEPTH)]
-                w_tile = w_MF.at[pl.ds(base + k * DEPTH, DEPTH), pl.ds(column * width, width)]
                 plgpu.copy_gmem_to_smem(x_tile, x_smem.at[stage], full.at[stage])
-                plgpu.copy_gmem_to_smem(w_tile, w_smem.at[stage], full.at[stage])
+                for i, w_MF in enumerate(stacks_MF):
+                    w_tile = w_MF.at[pl.ds(base + k * DEPTH, DEPTH), pl.ds(column * width, width)]
+                    plgpu.copy_gmem_to_smem(w_tile, w_smem.at[stage, i], full.at[stage])
 
             lax.fori_loop(0, steps, step, None)
             return done + steps
@@ -84,26 +94,29 @@ def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, ful
         plgpu.set_max_registers(232, action="increase")
 
         def products(done):
-            def body(acc):
+            def body(*accs):
                 def step(k, _):
                     stage = stage_of(done + k)
                     plgpu.barrier_wait(full.at[stage])
-                    plgpu.wgmma(acc, x_smem.at[stage, pl.ds(pl.multiple_of(wg * HALF, HALF), HALF)], w_smem.at[stage])
-                    plgpu.wgmma_wait(1)  # the step before is done with its buffers
+                    half = x_smem.at[stage, pl.ds(pl.multiple_of(wg * HALF, HALF), HALF)]
+                    for i, acc in enumerate(accs):
+                        plgpu.wgmma(acc, half, w_smem.at[stage, i])
+                    plgpu.wgmma_wait(len(accs))  # the step before is done with its buffers
                     pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[stage_of(done + k - 1)]))
 
                 lax.fori_loop(0, steps, step, None)
-                return acc[...]
+                return [acc[...] for acc in accs]
 
-            acc = pl.run_scoped(body, plgpu.ACC((HALF, width), jnp.float32))
+            accs = pl.run_scoped(body, *[plgpu.ACC((HALF, width), jnp.float32)] * len(stacks_MF))
             plgpu.barrier_arrive(empty.at[stage_of(done + steps - 1)])
-            return acc
+            return accs
 
-        def store(acc, row, low, rows, column):
+        def store(accs, row, low, rows, column):
             """Stores rows low, low + 1, ... of the half tile to `row` and on."""
             for c in range(width // CHUNK):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                out_smem[2 * wg + c % 2] = acc[:, c * CHUNK : (c + 1) * CHUNK].astype(y_NF.dtype)
+                chunks = [acc[:, c * CHUNK : (c + 1) * CHUNK].astype(y_NF.dtype) for acc in accs]
+                out_smem[2 * wg + c % 2] = chunks[0] if len(chunks) == 1 else _swiglu(*chunks)
                 plgpu.commit_smem()
                 for size in (64, 32, 16, 8, 4, 2, 1):  # the number of rows in binary: a copy's size is static
                     at = rows & (2 * HALF - 2 * size)
@@ -136,11 +149,15 @@ def _kernel(x_ND, w_MF, table_T5, meta_2, y_NF, *, x_smem, w_smem, out_smem, ful
         plgpu.wait_smem_to_gmem(0)
 
 
-def ragged(x_ND, w_LEDF, layer, group_sizes_E, *, width=None, interpret=None):
-    """`grouped_matmul` by tiles of `width` columns, 256 or 128: [N, F] bfloat16. D a multiple of 64, F of `width`."""
-    (N, D), (L, E, _, F) = x_ND.shape, w_LEDF.shape
-    width = width or (256 if F % 256 == 0 else 128)
-    stages = RING // (2 * DEPTH * (ROWS + width))
+def ragged(x_ND, w, layer, group_sizes_E, *, width=None, interpret=None):
+    """`grouped_matmul` by tiles of `width` columns, 256 or 128: [N, F] bfloat16. D a multiple of 64, F of `width`.
+
+    w: a stack, or a list of gate and up for `grouped_swiglu`, which takes tiles of 128.
+    """
+    stacks_LEDF = jax.tree.leaves(w)
+    (N, D), (L, E, _, F), count = x_ND.shape, stacks_LEDF[0].shape, len(stacks_LEDF)
+    width = width or (256 if F % 256 == 0 and count == 1 else 128)
+    stages = RING // (2 * DEPTH * (ROWS + count * width))
     table_T5, tiles = tile_table(group_sizes_E, N, F // width)
     smem = functools.partial(plgpu.SMEM, dtype=x_ND.dtype)
     kernel = plgpu.kernel(
@@ -152,25 +169,27 @@ def ragged(x_ND, w_LEDF, layer, group_sizes_E, *, width=None, interpret=None):
         thread_name="wg",
         scratch_types=dict(
             x_smem=smem((stages, ROWS, DEPTH), transforms=SWIZZLE),
-            w_smem=smem((stages, DEPTH, width), transforms=SWIZZLE),
+            w_smem=smem((stages, count, DEPTH, width), transforms=SWIZZLE),
             out_smem=smem((4, HALF, CHUNK), transforms=ROW_SWIZZLE),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ),
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0, approx_math=True),
         interpret=interpret,
     )
     meta = jnp.stack([jnp.asarray(layer, jnp.int32), tiles])
     x_ND = jnp.pad(x_ND, ((0, -N % 8), (0, 0)))
-    return kernel(x_ND, w_LEDF.reshape(L * E * D, F), table_T5, meta)
+    return kernel(x_ND, table_T5, meta, *(w_LEDF.reshape(L * E * D, F) for w_LEDF in stacks_LEDF))
 
 
-def supported(x_ND, w_LEDF, layer, group_sizes_E) -> str | None:
-    """Why grouped_matmul cannot take these arguments on a Hopper GPU, or None."""
-    del layer, group_sizes_E
-    (N, D), (L, E, _, F) = x_ND.shape, w_LEDF.shape
-    if x_ND.dtype != jnp.bfloat16 or w_LEDF.dtype != jnp.bfloat16:
-        return f"needs bfloat16, got {x_ND.dtype} rows and {w_LEDF.dtype} matrices"
+def supported(x_ND, *stacks_layer_sizes) -> str | None:
+    """Why grouped_matmul or grouped_swiglu cannot take these arguments on a Hopper GPU, or None."""
+    *stacks_LEDF, _, _ = stacks_layer_sizes
+    (N, D), (L, E, _, F) = x_ND.shape, stacks_LEDF[0].shape
+    if any(a.dtype != jnp.bfloat16 for a in (x_ND, *stacks_LEDF)):
+        return f"needs bfloat16, got {x_ND.dtype} rows and {' and '.join(str(w.dtype) for w in stacks_LEDF)} matrices"
+    if stacks_LEDF[-1].shape != stacks_LEDF[0].shape:
+        return f"needs stacks of one shape, got {stacks_LEDF[0].shape} and {stacks_LEDF[-1].shape}"
     if D % DEPTH or F % 128:
         return f"needs matrices in multiples of {DEPTH} x 128, got {D} x {F}"
     if L * E * D >= 2**31 or N == 0:
@@ -204,3 +223,23 @@ def _backward(args, dy_NF):
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E):
+    """See `pallas_kernels.grouped_swiglu`; float32 sums. Raises NotImplementedError with the reason of `supported`.
+
+    Equal to two launches and XLA's silu(gate) * up, but for gates whose exponential lies next to a rounding: one or two of
+    all bfloat16 numbers, two ulp at most (simulated). The gradient is that of the composition.
+    """
+    if reason := supported(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E):
+        raise NotImplementedError(reason)
+    return ragged(x_ND, [gate_LEDF, up_LEDF], layer, group_sizes_E)
+
+
+def _backward_swiglu(args, dy_NF):
+    products = lambda *xgu: reference.grouped_swiglu(*xgu, *args[3:], product=grouped_matmul)
+    return *jax.vjp(products, *args[:3])[1](dy_NF), None, None
+
+
+grouped_swiglu.defvjp(lambda *args: (grouped_swiglu(*args), args), _backward_swiglu)

@@ -20,12 +20,15 @@ ROWS = 256  # rows of x a grid step takes, at most
 WEIGHTS = 2**21  # columns x depth of an expert's matrix a grid step takes, at most: 4 MiB, twice in VMEM
 
 
-def supported(x_ND, w_LEDF, layer, group_sizes_E) -> str | None:
-    """None when grouped_matmul can run these arguments on a TPU of any generation from v5e on, else the reason why not."""
-    if x_ND.dtype != jnp.bfloat16 or w_LEDF.dtype != jnp.bfloat16:
-        return f"rows are {x_ND.dtype} and weights {w_LEDF.dtype}; bfloat16 is needed"
-    if w_LEDF.shape[2] % LANES or w_LEDF.shape[3] % LANES:
-        return f"experts are {w_LEDF.shape[2]} x {w_LEDF.shape[3]}; multiples of {LANES} are needed"
+def supported(x_ND, *stacks_layer_sizes) -> str | None:
+    """None when grouped_matmul or grouped_swiglu can run these arguments on a TPU of any generation from v5e on, else the
+    reason why not."""
+    *stacks_LEDF, _, _ = stacks_layer_sizes
+    for w_LEDF in stacks_LEDF:
+        if x_ND.dtype != jnp.bfloat16 or w_LEDF.dtype != jnp.bfloat16:
+            return f"rows are {x_ND.dtype} and weights {w_LEDF.dtype}; bfloat16 is needed"
+        if w_LEDF.shape[2] % LANES or w_LEDF.shape[3] % LANES:
+            return f"experts are {w_LEDF.shape[2]} x {w_LEDF.shape[3]}; multiples of {LANES} are needed"
     return None
 
 
@@ -68,3 +71,6 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     if reason := supported(x_ND, w_LEDF, layer, group_sizes_E):
         raise NotImplementedError(reason)
     return _product(x_ND, w_LEDF, jnp.asarray(layer, jnp.int32), group_sizes_E)
+
+
+grouped_swiglu = functools.partial(reference.grouped_swiglu, product=grouped_matmul)

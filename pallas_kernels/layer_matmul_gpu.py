@@ -29,12 +29,14 @@ def rows_of_block(D, *F):
     return rows
 
 
-def _kernel(x_ND, layer_1, *refs, rows, layout, count, eps):
+def _kernel(x_ND, layer_1, *refs, rows, layout, count, eps, added):
     """The kernel body; refs: `count` matrices [layers * F, D] and as many results [N, F]; x has rows of every head.
 
-    With a norm, its weights [layers, D] and layer stand before the matrices, the normed x [N, D] after the results.
+    With a norm, its weights [layers, D] and layer stand before the matrices, the normed x [N, D] after the results. What
+    is added to a single product, [N, F], comes first.
     """
     block, begin = lax.axis_index("block"), 0
+    add_NF, refs = (refs[0], refs[1:]) if added else (None, refs)
     norm, w, y, normed = refs[: -2 * count - 1], refs[-2 * count - 1 : -count - 1], refs[-count - 1 : -1], refs[-1]
     if not norm:
         w, y = refs[:count], refs[count:]
@@ -57,7 +59,8 @@ def _kernel(x_ND, layer_1, *refs, rows, layout, count, eps):
         for n in range(N):
             x = load_x(n * heads + lax.div(first, F // heads))
             for r in range(rows):
-                y_NF[n, first + r] = jnp.sum(w[r].astype(jnp.float32) * x).astype(y_NF.dtype)
+                y = jnp.sum(w[r].astype(jnp.float32) * x).astype(y_NF.dtype)
+                y_NF[n, first + r] = y + add_NF[n, first + r] if added else y
 
     for w_MD, y_NF in zip(w, y, strict=True):
         end = begin + y_NF.shape[1] // rows
@@ -66,9 +69,9 @@ def _kernel(x_ND, layer_1, *refs, rows, layout, count, eps):
         begin = end
 
 
-def supported(x, w, layer, dtype=None, norm=None, eps=None) -> str | None:
+def supported(x, w, layer, dtype=None, norm=None, eps=None, add=None) -> str | None:
     """Why layer_matmul cannot take these arguments on a Hopper GPU, or None."""
-    del layer, dtype, eps
+    del layer, dtype, eps, add
     if norm is not None and norm[0].dtype != jnp.bfloat16:
         return f"needs bfloat16, got norm weights of {norm[0].dtype}"
     D = x.shape[-1]
@@ -83,31 +86,31 @@ def supported(x, w, layer, dtype=None, norm=None, eps=None) -> str | None:
     return None
 
 
-def product(x_ND, w, layer, dtypes, norm=None, eps=None, *, interpret=None):
+def product(x_ND, w, layer, dtypes, norm=None, eps=None, add_NF=None, *, interpret=None):
     """x [N, D] times the transpose of each w[layer] of the list, [F, D] or [heads, F, D] for rows of x in turn.
 
     [N, F] or [N / heads, heads * F], float32 sums, one launch. With norm (weights [L, D], layer): of the normed x, which
-    is the last result.
+    is the last result. With add_NF: that much more, of a single matrix.
     """
     D, F, heads = x_ND.shape[1], [math.prod(a.shape[1:-1]) for a in w], math.prod(w[0].shape[1:-2])
     N, rows = x_ND.shape[0] // heads, rows_of_block(D, *(f // heads for f in F))
     vec = next(v for v in (8, 4, 2) if D % (128 * v) == 0)
     one = lambda layer: jnp.asarray(layer, jnp.int32).reshape(1)
     given, normed = ([], []) if norm is None else ([norm[0], one(norm[1])], [jax.ShapeDtypeStruct((N, D), x_ND.dtype)])
-    layout = plgpu.Layout.WG_STRIDED((D,), vec_size=vec)
+    layout, added = plgpu.Layout.WG_STRIDED((D,), vec_size=vec), add_NF is not None
     kernel = plgpu.kernel(
-        functools.partial(_kernel, rows=rows, layout=layout, count=len(w), eps=eps),
+        functools.partial(_kernel, rows=rows, layout=layout, count=len(w), eps=eps, added=added),
         out_type=[jax.ShapeDtypeStruct((N, f), d) for f, d in zip(F, dtypes, strict=True)] + normed,
         grid=(sum(F) // rows,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
-    return kernel(x_ND, one(layer), *given, *(a.reshape(-1, D) for a in w))
+    return kernel(x_ND, one(layer), *([add_NF] if added else []), *given, *(a.reshape(-1, D) for a in w))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
-def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None):
+def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None, add=None):
     """See `pallas_kernels.layer_matmul`; float32 sums. Raises NotImplementedError with the reason of `supported`.
 
     The gradient is the reference's.
@@ -116,21 +119,22 @@ def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None):
         raise NotImplementedError(reason)
     stacks, tree = jax.tree.flatten(w)
     dtypes = [d or x.dtype for d in reference.each(dtype, stacks)]
-    y = product(x.reshape(-1, x.shape[-1]), stacks, layer, dtypes, norm, eps)
+    flat = None if add is None else add.reshape(-1, add.shape[-1])
+    y = product(x.reshape(-1, x.shape[-1]), stacks, layer, dtypes, norm, eps, flat)
     y = [a.reshape(*x.shape[:-1], -1) for a in y]
     return tree.unflatten(y) if norm is None else (tree.unflatten(y[:-1]), y[-1])
 
 
-def _forward(x, w, layer, dtype, norm, eps):
-    return layer_matmul(x, w, layer, dtype, norm, eps), (x, w, layer, norm)
+def _forward(x, w, layer, dtype, norm, eps, add):
+    return layer_matmul(x, w, layer, dtype, norm, eps, add), (x, w, layer, norm, add)
 
 
 def _backward(dtype, eps, args, dy):
-    x, w, layer, norm = args
+    x, w, layer, norm, add = args
     weights, at = norm or (None, None)
-    f = lambda x, w, weights: reference.layer_matmul(x, w, layer, dtype, norm and (weights, at), eps)
-    dx, dw, d_weights = jax.vjp(f, x, w, weights)[1](dy)
-    return dx, dw, None, norm and (d_weights, None)
+    f = lambda x, w, weights, add: reference.layer_matmul(x, w, layer, dtype, norm and (weights, at), eps, add)
+    dx, dw, d_weights, d_add = jax.vjp(f, x, w, weights, add)[1](dy)
+    return dx, dw, None, norm and (d_weights, None), d_add
 
 
 layer_matmul.defvjp(_forward, _backward)

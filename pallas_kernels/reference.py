@@ -189,6 +189,12 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
     return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E)
 
 
+def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E, product=grouped_matmul):
+    """See ``pallas_kernels.grouped_swiglu``; ``product``: the ``grouped_matmul`` of a backend."""
+    gate_NF, up_NF = (product(x_ND, w_LEDF, layer, group_sizes_E) for w_LEDF in (gate_LEDF, up_LEDF))
+    return jax.nn.silu(gate_NF) * up_NF
+
+
 def rms_norm(x, weight, eps: float):
     """x / rms(x) · weight over the last axis: statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
@@ -201,11 +207,13 @@ def each(dtype, stacks) -> tuple:
     return dtype if isinstance(dtype, tuple) else (dtype,) * len(stacks)
 
 
-def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None):
+def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None, add=None):
     """See ``pallas_kernels.layer_matmul``."""
     if norm is not None:
         x = rms_norm(x, norm[0][norm[1]], eps)
         return layer_matmul(x, w, layer, dtype), x
+    if add is not None:
+        return jax.tree.map(lambda y: y + add, layer_matmul(x, w, layer, dtype))
     spec = "...d,fd->...f" if jax.tree.leaves(w)[0].ndim == 3 else "...hd,hfd->...hf"
     # Where float32 is asked for, its factors are not rounded.
     precision = lambda dtype: "highest" if x.dtype == dtype == jnp.float32 else None

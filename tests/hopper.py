@@ -89,6 +89,9 @@ def configurations():
         for D, F in ((2048, 1536), (1536, 2048)):
             args = (spec((N, D)), spec((46, 64, D, F)), layer, spec((64,), i32))
             yield f"grouped_matmul {N} x {D} x {F}", grouped_matmul_gpu.grouped_matmul, args
+    for N in (64, 16384):
+        args = (spec((N, 2048)), *[spec((46, 64, 2048, 1536))] * 2, layer, spec((64,), i32))
+        yield f"grouped_swiglu {N} x 2048 x 1536", grouped_matmul_gpu.grouped_swiglu, args
     for N in (1, 4):  # every product of a decode step, as benchmarks/kernels.py checks them on a device
         for form, (layers, (*heads, D), outs, dtype, eps) in products.LINEAR.items():
             norm = None if eps is None else (spec((47, D)), layer)

@@ -416,7 +416,7 @@ def test_info_as_json(capsys):
     assert not err and {"jax", "jaxlib", "flax", "ic-jax"} <= result["versions"].keys()
     assert result["devices"][0]["platform"] == "cpu" and result["devices"][0]["count"] >= 1
     ops = {(e["op"], e["step"]): e for e in result["ops"] if e["model"] == "glm-4.7-flash-dsa"}
-    assert len(ops) == 14
+    assert len(ops) == 16
     assert all(e["runs"] == "reference" and set(e["against"]) == {"gpu", "tpu"} for e in ops.values())
 
 
@@ -464,7 +464,8 @@ def test_op_arguments_are_those_of_the_model(model):
             call = functools.partial(getattr(pallas_kernels, op), implementation="reference", **kwargs)
             out = jax.tree.leaves(jax.eval_shape(call, *args))
             sorted_rows, by_token = (queries * 2, c.moe_intermediate_size), (queries, 2)
-            assert out[0].shape[:2] == dict(grouped_matmul=sorted_rows, expert_matmul=by_token).get(op, (1, queries))
+            shapes = dict(grouped_matmul=sorted_rows, grouped_swiglu=sorted_rows, expert_matmul=by_token)
+            assert out[0].shape[:2] == shapes.get(op, (1, queries))
 
 
 def test_forced_implementation_says_why_not(model):

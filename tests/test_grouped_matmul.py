@@ -1,4 +1,4 @@
-"""The Hopper kernels of grouped_matmul and layer_matmul in GPU interpret mode, against the oracle."""
+"""The Hopper kernels of grouped and other matrix products in GPU interpret mode, against the oracle."""
 
 import collections
 import functools
@@ -48,6 +48,21 @@ def test_tiles(monkeypatch, name):
     check(grouped_matmul_gpu.ragged(*args, interpret=plgpu.InterpretGPUParams()), *args)
 
 
+@pytest.mark.parametrize(("name", "D", "F"), [("ragged", 320, 256), ("begins at every eighth", 64, 128)])
+def test_gate_and_up_share_a_launch(monkeypatch, name, D, F):
+    """The bits of two products and silu(gate) * up, as in test_tiles; no group has the last three rows."""
+    monkeypatch.setattr(grouped_matmul_gpu, "SMS", 2)
+    x, gate, layer, sizes = inputs(GROUPS[name], D, F, of_none=3)
+    args = x / 8, gate, gate[:, ::-1], layer, sizes  # gates on both sides of zero
+    ragged = functools.partial(grouped_matmul_gpu.ragged, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(grouped_matmul_gpu, "ragged", ragged)
+    got, want = grouped_matmul_gpu.grouped_swiglu(*args), reference.grouped_swiglu(*args)
+    assert got.dtype == x.dtype and got.shape == (len(x), F)
+    got, want = (np.asarray(a, np.float32)[: sum(GROUPS[name])] for a in (got, want))
+    assert (got != want).mean() < 1e-3  # where the other order of a sum rounds a gate or an up otherwise
+    np.testing.assert_allclose(got, want, rtol=2**-6)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_tile_table_covers_every_row_once(name):
     sizes, columns = GROUPS[name], 3
@@ -84,12 +99,15 @@ def test_few_and_many_rows_take_their_path_and_differentiate(monkeypatch):
         check(grouped_matmul_gpu.grouped_matmul(*args), *args)
     assert taken == ["matvec", "ragged"]
     x, w, layer, sizes = inputs([1, 0, 2, 0, 1, 0], 64, 256)
-    loss = lambda f: lambda x, w: (f(x, w, layer, sizes).astype(jnp.float32) ** 2).sum()
-    got = jax.grad(loss(grouped_matmul_gpu.grouped_matmul), (0, 1))(x, w)
-    want = jax.grad(loss(functools.partial(pallas_kernels.grouped_matmul, implementation="reference")), (0, 1))(x, w)
-    for a, b in zip(got, want, strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
+
+    def gradient(f, *args):
+        loss = lambda *args: (f(*args, layer, sizes).astype(jnp.float32) ** 2).sum()
+        return jax.grad(loss, tuple(range(len(args))))(*args)
+
+    for op, args in (("grouped_matmul", (x, w)), ("grouped_swiglu", (x / 8, w, w[:, ::-1]))):
+        for a, b in zip(*(gradient(getattr(m, op), *args) for m in (grouped_matmul_gpu, reference)), strict=True):
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b) > 0
 
 
 def test_refused_with_a_reason():
@@ -99,6 +117,10 @@ def test_refused_with_a_reason():
     assert ask(*args) is None
     assert "bfloat16" in ask(spec((64, 128), jnp.float32), *args[1:])
     assert "64 x 128" in ask(args[0], spec((2, 4, 128, 100), jnp.bfloat16), *args[2:])
+    ask = functools.partial(dispatch.reason_against, "grouped_swiglu", "gpu", on=dispatch.CHIPS["h200"])
+    assert ask(*args[:2], *args[1:]) is None
+    assert "bfloat16 and float32 matrices" in ask(*args[:2], spec(args[1].shape, jnp.float32), *args[2:])
+    assert "one shape" in ask(*args[:2], spec((2, 4, 128, 384), jnp.bfloat16), *args[2:])
     # Forced where it cannot run: the reference, as for ops without a kernel.
     x, w, layer, sizes = inputs([1, 0, 2, 0, 1, 0], 64, 256)
     check(pallas_kernels.grouped_matmul(x, w, layer, sizes, implementation="gpu"), x, w, layer, sizes)
@@ -123,6 +145,9 @@ def test_layer_matmul(monkeypatch, N, F, D):
         for y, columns in zip(got, (want[:, :16], want), strict=True):
             assert y.dtype == dtype
             np.testing.assert_allclose(np.asarray(y, np.float64), columns, **tolerance)
+    add = jnp.asarray(8 * rng.standard_normal((N, F)), jnp.bfloat16)
+    product, more = (layer_matmul_gpu.layer_matmul(x, w, jnp.int32(2), None, None, None, a) for a in (None, add))
+    np.testing.assert_array_equal(more, product + add)
     loss = lambda f: lambda x, w: sum((y.astype(jnp.float32) ** 2).sum() for y in f(x, [w, 2 * w], jnp.int32(2)))
     got = jax.grad(loss(layer_matmul_gpu.layer_matmul), (0, 1))(x, w)
     for a, b in zip(got, jax.grad(loss(pallas_kernels.layer_matmul), (0, 1))(x, w), strict=True):

@@ -174,16 +174,16 @@ def test_every_product_of_a_decode_step_has_its_check(monkeypatch, sequences):
     met, call = set(), dispatch.call
 
     def record(op, implementation, *args, **how):
-        if "matmul" in op and dispatch.choose(op, implementation, *args, **how) == "gpu":
+        if op.endswith(("_matmul", "_swiglu")) and dispatch.choose(op, implementation, *args, **how) == "gpu":
             met.add((op, *form(op, *args)))
         return call(op, "reference", *args, **how)
 
     def form(op, x, w, layer, *rest):
         stacks = tuple(a.shape for a in jax.tree.leaves(w))
         if op == "layer_matmul":
-            dtype, norm, eps = rest
+            dtype, norm, eps, _ = rest
             return stacks, reference.each(dtype, stacks), eps, norm and norm[0].shape
-        return (stacks, x.shape) if op == "grouped_matmul" else (stacks, x.shape, rest[0] is not None, rest[1])
+        return (stacks, x.shape) if op.startswith("grouped") else (stacks, x.shape, rest[0] is not None, rest[1])
 
     monkeypatch.setattr(dispatch, "target", lambda: dispatch.CHIPS["h200"])
     monkeypatch.setattr(dispatch, "call", record)
@@ -201,6 +201,8 @@ def test_every_product_of_a_decode_step_has_its_check(monkeypatch, sequences):
         checked.add(("expert_matmul", (shape,) * count, (sequences, *inner), each > 0, None))
     for *shape, N, _ in grouped.GROUPED:
         checked.add(("grouped_matmul", (tuple(shape),), (N, shape[2])))
+    for N, _ in grouped.SWIGLU:
+        checked.add(("grouped_swiglu", ((grouped.LAYERS, grouped.EXPERTS, *grouped.GATE),), (N, grouped.GATE[0])))
     assert met <= checked
     assert len(met) == (15 if sequences <= 4 else 2)
 
@@ -209,7 +211,7 @@ def test_every_product_of_a_decode_step_has_its_check(monkeypatch, sequences):
 def test_the_check_of_a_normed_product_can_fail(monkeypatch, fault):
     """A product in the kernel's place: right, and with a fault in one thing (test_grouped_matmul has the kernel)."""
 
-    def product(x, w, layer, dtypes, norm, eps):
+    def product(x, w, layer, dtypes, norm, eps, add=None):
         h = reference.rms_norm(x, norm[0][norm[1] - (fault == "norm layer")], 0.0 if fault == "eps" else eps)
         h = jax.lax.optimization_barrier(h)  # or XLA multiplies what has not been rounded
         y, logits = (h.astype(jnp.float32) @ a[layer - (fault == "layer")].astype(jnp.float32).T for a in w)

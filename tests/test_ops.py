@@ -232,7 +232,10 @@ def test_grouped_matmul(n):
     x, w = rng.standard_normal((n, D)).astype(np.float32), rng.standard_normal((2, E, D, F)).astype(np.float32)
     with jax.default_matmul_precision("highest"):
         got = pallas_kernels.grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.int32(1), jnp.asarray(sizes))
-    np.testing.assert_allclose(got, oracle.grouped_matmul(x, w[1], sizes), atol=1e-4)
+        both = pallas_kernels.grouped_swiglu(jnp.asarray(x), jnp.asarray(w), jnp.asarray(-w), 1, jnp.asarray(sizes))
+    want = oracle.grouped_matmul(x, w[1], sizes)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    np.testing.assert_allclose(both, want / (1 + np.exp(-want)) * -want, atol=1e-3)
 
 
 def test_sparse_mla_gradient_matches_finite_differences():

@@ -209,7 +209,7 @@ def test_the_cheaper_way_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("n", [3, 70])
 def test_experts_are_read_in_their_stack(n):
-    """grouped_matmul of layer 1 and its gradient against the reference; one expert gets no rows."""
+    """The grouped ops of layer 1 and a gradient against the reference; one expert gets no rows."""
     rng = np.random.default_rng(11)
     E, D, F = 4, 128, 256
     sizes = jnp.asarray(np.bincount(rng.integers(0, E - 1, n), minlength=E), jnp.int32)
@@ -219,10 +219,13 @@ def test_experts_are_read_in_their_stack(n):
         loss = lambda x, w: (op(x, w, 1, sizes).astype(jnp.float32) ** 2).sum()
         return jax.block_until_ready((op(x, w, 1, sizes), *jax.grad(loss, (0, 1))(x, w)))
 
+    swiglu = lambda op: op(x / 8, w, w[:, ::-1], 1, sizes)
+
     with interpreted():
         assert dispatch.choose("grouped_matmul", "auto", x, w, 1, sizes) == "tpu"
-        found = run(pallas_kernels.grouped_matmul)
-    for got, want in zip(found, run(reference.grouped_matmul), strict=True):
+        assert dispatch.choose("grouped_swiglu", "auto", x, w, w, 1, sizes) == "tpu"
+        found = *run(pallas_kernels.grouped_matmul), jax.block_until_ready(swiglu(pallas_kernels.grouped_swiglu))
+    for got, want in zip(found, (*run(reference.grouped_matmul), swiglu(reference.grouped_swiglu)), strict=True):
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
         np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
 
@@ -234,6 +237,7 @@ def test_grouped_matmul_says_what_it_cannot_run():
     assert supported(S((8, 128), bf16), S((2, 4, 128, 256), bf16), 0, sizes) is None
     assert "bfloat16 is needed" in supported(S((8, 128), jnp.float32), S((2, 4, 128, 256), bf16), 0, sizes)
     assert "experts are 96 x 256" in supported(S((8, 96), bf16), S((2, 4, 96, 256), bf16), 0, sizes)
+    assert "experts are 128 x 96" in supported(S((8, 128), bf16), *(S((2, 4, 128, F), bf16) for F in (256, 96)), 0, sizes)
 
 
 def test_rows_pack_and_unpack():
