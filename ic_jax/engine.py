@@ -28,7 +28,7 @@ from .pattern import Pattern
 from .sampling import SamplingParams
 from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
-CHUNK = 4096  # prompt tokens of one step and device, beside a CPU's 512
+CHUNK = dict(cpu=512, gpu=8192, tpu=4096)  # prompt tokens of one step and device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +393,8 @@ def load(
 
 def default_chunk(sizes: dict[str, int]) -> int:
     """Prompt tokens of one step on a mesh of these axes: as many for each device that has a part of them."""
-    return 512 if jax.default_backend() == "cpu" else CHUNK * Parallel(**sizes).parts
+    backend = jax.default_backend()
+    return CHUNK[backend] * (1 if backend == "cpu" else Parallel(**sizes).parts)
 
 
 def _check_memory(tokens: int, bytes_per_token: int, free: int | None) -> None:

@@ -129,9 +129,10 @@ def test_model_builds_groups_once_a_full_layer_and_gives_the_same(monkeypatch, s
         jax.effects_barrier()
         return outs
 
-    want = run()
-    monkeypatch.setattr(reference, "plan_rows", grouped)
-    got = run()
+    with jax.default_matmul_precision("highest"):  # a GPU would round products to TF32, and select other tokens
+        want = run()
+        monkeypatch.setattr(reference, "plan_rows", grouped)
+        got = run()
     assert len(built) == 3 * pattern.count("F")
     for (logits, selected), (want_logits, want_selected) in zip(got, want, strict=True):
         np.testing.assert_array_equal(selected, want_selected)
