@@ -14,7 +14,7 @@ import numpy as np
 
 from . import calibration, needle
 from .calibration import Runner
-from .errors import UserError
+from .errors import UserError, not_finite
 from .pattern import Pattern
 
 DENSE = "dense"  # in place of a Pattern: attend to every token
@@ -101,7 +101,7 @@ def recall(
 ) -> list[dict]:  # fmt: skip
     """Share of answers found, one dict for each pattern, number of keys, length and depth; see ``needle``.
 
-    Raises UserError when a length exceeds the context or does not hold the facts.
+    Raises UserError when a length exceeds the context or does not hold the facts, and for logits that are not finite.
     """
     if too_long := [n for n in lengths if n > lm.max_context]:
         raise UserError(f"--lengths {too_long[0]}: the context holds {lm.max_context}")
@@ -122,6 +122,8 @@ def recall(
                 for ids, n in calibration.batches(np.hstack([ids_NT, answer_NS]), size):
                     ids, answer = ids[:, : length + 1], ids[:, length + 1 :] > 0
                     losses = runs.dense.token_losses(runs(pattern, ids[:, :-1]), ids[:, 1:])
+                    if not np.isfinite(losses["loss"]).all():
+                        raise not_finite(f"{name} on prompts of {length} tokens")
                     hits.append(((np.asarray(losses["top1"]) > 0) | ~answer).all(1)[:n])
                 hits_N, done = np.concatenate(hits), done + 1
                 for depth in depths:

@@ -111,6 +111,11 @@ def test_a_loss_that_is_no_number_is_said(lm, ids):
     try:
         with pytest.raises(UserError, match="the loss of all-full is not a number on sequence 0"):
             eval_measures.perplexity(lm, ids, {"all-full": lm.pattern}, batch=2)
+        options = dict(lengths=[100], depths=[0.0], keys=[1], trials=1)
+        with pytest.raises(UserError, match="the logits of all-full on prompts of 100 tokens are not finite"):
+            eval_measures.recall(lm, {"all-full": lm.pattern}, **options)
+        with pytest.raises(UserError, match="the logits of a request are not finite"):
+            lm_eval_adapter.score(lm, [3, 4], [5])
     finally:
         lm.engine.params = params
 
