@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ic_jax import interrupts
 from ic_jax.errors import UserError
 
 from .safetensors import DTYPES, INDEX, NAMES, Tensor
@@ -135,6 +136,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+@interrupts.deferred()
 def write_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
     """Write ``arrays`` as one Orbax checkpoint, flushed to the disk; returns the CRC-32 of each."""
     import orbax.checkpoint as ocp

@@ -23,7 +23,7 @@ import numpy as np
 
 from convert import safetensors, store, transfer
 
-from . import checkpoint
+from . import checkpoint, interrupts
 from .config import Config
 from .demo.export import hf_tensors
 from .distill_loss import cast
@@ -90,19 +90,20 @@ class Work:
         found = [int(p.name) for p in states.iterdir() if p.name.isdecimal()] if states.is_dir() else []
         return max(found, default=None)
 
+    @interrupts.deferred()
     @one_line
     def save(self, n: int, state: dict, rows: list[dict]) -> None:
-        """Save the state after step ``n`` and the table; then delete the states before it."""
+        """Save the table and the state after step ``n``; then delete the states before it."""
         import orbax.checkpoint as ocp
 
-        path = self.directory / "state" / str(n)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, state, force=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        store.write_text(self.directory / TABLE, text.getvalue())
+        store.write_text(self.directory / TABLE, text.getvalue())  # first: rows beyond a state are ignored, lost ones not
+        path = self.directory / "state" / str(n)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state, force=True)
         for other in path.parent.iterdir():
             if other.name != str(n):
                 shutil.rmtree(other)

@@ -306,13 +306,19 @@ def usage() -> str:
 def main(argv=None) -> int:
     """Exit status of ``ic-jax eval``."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [None]
+    if name in COMMANDS:
+        return cli.run(globals()[f"_{name}"], _parser(name), rest)
+    return cli.run(lambda args: _without_measure(name), cli.Parser("eval", ""), [])
+
+
+def _without_measure(name: str | None) -> None:
     if name in ("-h", "--help"):
         print(usage())
-        return 0
-    if name not in COMMANDS:
-        print(f"error: ic-jax eval measures {', '.join(COMMANDS)}, not {name!r}" if name else usage(), file=sys.stderr)
-        return 2
-    return cli.run(globals()[f"_{name}"], _parser(name), rest)
+    elif name is None:
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    else:
+        raise UserError(f"ic-jax eval measures {', '.join(COMMANDS)}, not {name!r}")
 
 
 if __name__ == "__main__":

@@ -312,8 +312,7 @@ def test_errors_are_one_line(converted, tmp_path, capsys):
     assert "has no config.json" in fails(capsys, "inspect", tmp_path)
     assert "two lines does not exist" in fails(capsys, "inspect", tmp_path / "two\nlines")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError):
-        main(["hf-to-jax", str(ours), str(dst), "--debug"])
+    assert main(["hf-to-jax", str(ours), str(dst), "--debug"]) == 2 and "Traceback" in capsys.readouterr().err
     assert "'big' is not a size such as" in fails(capsys, "jax-to-hf", ours, dst, "--max-shard-size", "big")
     assert "unrecognized arguments: --dry" in fails(capsys, "jax-to-hf", ours, dst, "--dry")
     assert "required" in fails(capsys, "hf-to-jax", source)
@@ -480,6 +479,35 @@ def test_a_place_that_cannot_be_written(converted, tmp_path, capsys):
     (tmp_path / "file").touch()
     for command in (["hf-to-jax", source], ["jax-to-hf", ours]):
         assert fails(capsys, *command, tmp_path / "file" / "x") == f"{tmp_path}/file/x cannot be written: Not a directory"
+
+
+def test_an_interrupted_group_is_written_whole(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    original = ocp.PyTreeCheckpointer.save
+
+    def save(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", save)
+    array, out = np.arange(6, dtype=np.float32), np.empty(6, np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_group(tmp_path, "00000", {"a": array})
+    store.Arrays(tmp_path).read_into("00000", "a", (6,), (0,), out)
+    np.testing.assert_array_equal(out, array)
+
+
+def test_closed_streams(converted):
+    source, _, _ = converted
+    command = [sys.executable, "-m", "convert", "inspect", str(source)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    os.close(write)
+    assert (done.stderr, done.returncode) == (b"", 141)
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert (done.stderr, done.returncode) == (b"", 0)
 
 
 @pytest.mark.parametrize(

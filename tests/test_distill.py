@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +341,25 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
         checkpoint.find(str(tmp_path / "out"))
     work = distill_files.Work(tmp_path / "out", distill._about(GLM, WINDOWS, s), resume=True)
     assert work.latest() == 1 and [row["step"] for row in work.rows(1)] == [1]
+
+
+def test_a_save_is_not_interrupted_and_begins_with_the_table(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    from ic_jax import distill_files
+
+    row = dict(zip(distill_files.COLUMNS, (1, "warmup", 0.5, 1.5, None, 2.0), strict=True))
+    work, original = distill_files.Work(tmp_path / "out", {}, resume=False), ocp.StandardCheckpointer.save
+
+    def save(*args, **kwargs):
+        assert work.rows(1) == [row]  # a kill here would lose nothing
+        signal.raise_signal(signal.SIGINT)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        work.save(1, {"a": jnp.ones(3)}, [row])
+    assert work.latest() == 1
 
 
 # The command. --------------------------------------------------------------------------------------------------------
