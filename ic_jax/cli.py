@@ -103,6 +103,24 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """An integer >= 0, for argparse."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, not {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+    return value
+
+
 def sampling(args: argparse.Namespace):
     """SamplingParams of the sampling flags; UserError for values without sense."""
     from .sampling import SamplingParams

@@ -106,7 +106,7 @@ def _needle(args) -> None:
     from . import calibration, eval_measures
 
     console = cli.Console(args.quiet)
-    filler = calibration.read_text(args.text, args.model) if args.text else None
+    filler = None if args.text is None else calibration.read_text(args.text, args.model)
     s = Session(args, console)
     k = s.lm.config.index_topk if s.lm.config.has_indexer else 1024
     lengths = args.lengths or [n for n in (2 * k, 4 * k, 8 * k) if n <= s.lm.max_context] or [s.lm.max_context]
@@ -281,7 +281,7 @@ def _parser(command: str):
             "--keys", type=numbers(cli.positive), default=[1, 4], metavar="N,…", help="facts in a prompt (1,4)"
         )
         group.add_argument("--trials", type=cli.positive, default=4, metavar="N", help="prompts of a cell (4)")
-        group.add_argument("--seed", type=int, default=0, help="of the prompts (0)")
+        group.add_argument("--seed", type=cli.natural, default=0, help="of the prompts (0)")
     if command == "overlap":
         group.add_argument("--out", default="overlap.csv", metavar="FILE", help="the matrix (overlap.csv)")
         group.add_argument("--plot", action="store_true", help="also draw it, as a .png beside the CSV")

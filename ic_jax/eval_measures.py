@@ -60,7 +60,7 @@ def perplexity(
     against = against or lm
     runs, reference, params = _Runs(lm, seq_len), against.pattern or DENSE, against.engine.params
     reference_runs = runs if against is lm else _Runs(against, seq_len)
-    chunks = list(calibration.batches(ids_NT, batch or calibration.batch_size(seq_len, len(ids_NT))))
+    chunks = list(calibration.batches(ids_NT, calibration.batch_size(seq_len, len(ids_NT), batch)))
     found: dict[str, list] = {name: [] for name in patterns}
     base = []
     for b, (ids, n) in enumerate(chunks):
@@ -108,6 +108,8 @@ def recall(
     if bad := [d for d in depths if not 0 <= d <= 1]:
         raise UserError(f"--depths must lie in 0..1, not {bad[0]:g}")
     text = lm.tokenizer.encode(needle.FILLER if filler is None else filler, add_special_tokens=False)
+    if not text:
+        raise UserError("--text has no tokens to hide the facts in")
     made = {
         (n, k): needle.rows(lm.tokenizer, n, depths, k, trials, seed, text) for n in lengths for k in keys
     }  # before anything runs, so that what does not fit is said at once
@@ -116,7 +118,7 @@ def recall(
         runs = _Runs(lm, length)
         for k in keys:
             ids_NT, answer_NS, depth_N = made[length, k]
-            size = batch or calibration.batch_size(length, len(ids_NT))
+            size = calibration.batch_size(length, len(ids_NT), batch)
             for name, pattern in patterns.items():
                 hits = []
                 for ids, n in calibration.batches(np.hstack([ids_NT, answer_NS]), size):
@@ -146,7 +148,7 @@ def overlap(lm, ids_NT: np.ndarray, *, batch: int = 1, report: Report | None = N
     the queries that see more than top-k tokens, every layer full."""
     layers, K = lm.pattern.full_layers, lm.config.index_topk
     runner, slots = Runner(lm.engine, ids_NT.shape[1] - 1), slots_of(lm, lm.pattern)
-    chunks = list(calibration.batches(ids_NT, batch))
+    chunks = list(calibration.batches(ids_NT, min(batch, len(ids_NT))))
     total = np.zeros((len(layers), len(layers)))
     for b, (ids, n) in enumerate(chunks):
         state, chosen = runner.begin(ids[:, :-1]), []

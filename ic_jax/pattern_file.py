@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from . import json_file
 from . import pattern as patterns
 from .config import Config
 from .errors import UserError
@@ -44,13 +45,8 @@ def read(path: str | Path, config: Config, name: str | None = None) -> Pattern:
 
     Raises UserError when it cannot be read, is no pattern file, or was made for another model.
     """
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"pattern file {path} cannot be read: {e.strerror or e}") from None
-    except ValueError as e:
-        raise UserError(f"pattern file {path} is not JSON: {e}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("pattern"), str):
+    data = json_file.read(path, f"pattern file {path}")
+    if data.get("format") != FORMAT or not isinstance(data.get("pattern"), str):
         raise UserError(f"{path} is not a pattern file of ic-jax search")
     pattern = Pattern(data["pattern"])
     if len(pattern.layers) != config.num_hidden_layers:

@@ -16,6 +16,7 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from . import json_file
 from .errors import UserError
 
 REPLACEMENT = "\ufffd"
@@ -132,15 +133,7 @@ class Tokenizer:
 
     def _json(self, name: str) -> dict:
         path = self.directory / name
-        if not path.is_file():
-            return {}
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise UserError(f"{path} cannot be read: {e}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{path} does not hold a JSON object")
-        return data
+        return json_file.read(path) if path.is_file() else {}
 
     def _read_templates(self, stored) -> dict[str, str]:
         # transformers' precedence: files beside the tokenizer win over the field of tokenizer_config.json.
@@ -149,8 +142,8 @@ class Tokenizer:
             templates["default"] = stored
         elif isinstance(stored, list):
             for entry in stored:
-                if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
-                    raise UserError("tokenizer_config.json: chat_template must list objects with name and template")
+                if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("name", "template")):
+                    raise UserError("tokenizer_config.json: chat_template must list objects with texts name and template")
                 templates[entry["name"]] = entry["template"]
         elif stored is not None:
             raise UserError("tokenizer_config.json: chat_template must be a string or a list")

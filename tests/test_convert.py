@@ -253,6 +253,8 @@ def test_a_chunk_that_is_not_there_does_not_load_as_zeros(converted, tmp_path):
         (lambda m: m["entries"]["norm"]["pieces"][0].update(key="lm_head"), "norm|lm_head"),
         (lambda m: m["entries"]["norm"].update(pieces=[]), "the pieces of norm|IndexError"),
         (lambda m: m["entries"].update(norm=3), "cannot be read: TypeError"),
+        (lambda m: m["entries"]["norm"]["pieces"][0].pop("key"), "cannot be read: KeyError"),
+        (lambda m: m["entries"]["norm"]["pieces"][0].update(crc="x"), "the pieces of norm do not follow"),
     ],
 )
 def test_bad_manifests(converted, tmp_path, edit, message):
@@ -448,6 +450,34 @@ def test_resume_needs_the_same_source_and_options(converted, tmp_path, capsys):
     assert "other options" in fails(capsys, *command, "--resume", "--dtype", "float32")
     write(tmp_path / "other", tensors(BF16, seed=1))
     assert "another source" in fails(capsys, "hf-to-jax", tmp_path / "other", tmp_path / "ours", "--resume")
+
+
+@pytest.mark.parametrize("line", [b"3", b"[]", b"\xff", b"{}", b"[" * 100_000, b'{"unit": [], "crc": 1}'], ids=repr)
+def test_a_damaged_journal(tmp_path, line):
+    """What it does not say is written again; without a first line, nothing is known of what is there."""
+    work = store.Work(tmp_path / "ours", "a", resume=False)
+    with work:
+        work.note("00000", {"crc": {"x": 1}})
+        good = work.journal.read_bytes()
+        work.journal.write_bytes(good + line + b"\n")
+    with store.Work(tmp_path / "ours", "a", resume=True) as again:
+        assert list(again.done) == ["00000"] and again.journal.read_bytes() == good
+        again.journal.write_bytes(line + b"\n" + good)
+    with pytest.raises(UserError, match="was begun from another source"):
+        store.Work(tmp_path / "ours", "a", resume=True)
+    assert not transfer._intact(work, "00000", [], 3)
+
+
+def test_an_output_has_one_run(tmp_path):
+    (tmp_path / "source").mkdir()
+    with store.Work(tmp_path / "ours", "a", resume=False) as work:
+        for resume in (False, True):
+            with pytest.raises(UserError, match="ours.incomplete is in use by another run"):
+                store.Work(tmp_path / "ours", "a", resume)
+        work.finish(tmp_path / "source", "{}", {})
+    with pytest.raises(UserError, match="already exists"):  # had looked before the first one ended
+        store.Work(tmp_path / "ours", "a", resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "source"]
 
 
 @pytest.mark.parametrize("direction", ["hf-to-jax", "jax-to-hf"])

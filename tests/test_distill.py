@@ -362,6 +362,25 @@ def test_a_save_is_not_interrupted_and_begins_with_the_table(tmp_path, monkeypat
     assert work.latest() == 1
 
 
+def test_an_output_has_one_run_and_damaged_files_are_said(tmp_path):
+    from ic_jax import distill_files
+
+    begin = functools.partial(distill_files.Work, tmp_path / "out", {"seed": 1})
+    with begin(resume=False) as work:
+        for resume in (False, True):
+            with pytest.raises(UserError, match="out.incomplete is in use by another run"):
+                begin(resume=resume)
+    header = ",".join(distill_files.COLUMNS) + "\n"
+    for table in (header + "1,warmup,x,1,1,1\n", header + ",,,,,\n", header + "1,1,1,1,1,1,1\n", "a,b\n1,2\n", "\xff"):
+        (work.directory / distill_files.TABLE).write_bytes(table.encode("latin-1"))
+        with pytest.raises(UserError, match="losses.csv is damaged .* delete it to go on"):
+            work.rows(9)
+    for content, message in (("[]", "does not hold"), ("{", "cannot be read"), ("[" * 100_000, "nested too deeply")):
+        (work.directory / distill_files.SETTINGS).write_text(content)
+        with pytest.raises(UserError, match=f"distill.json {message}|distill.json .*{message}"):
+            begin(resume=True)
+
+
 # The command. --------------------------------------------------------------------------------------------------------
 def test_command_makes_a_checkpoint_that_loads_as_it_is(tmp_path, capsys):
     source = small.directory(tmp_path)
@@ -391,6 +410,9 @@ def test_command_makes_a_checkpoint_that_loads_as_it_is(tmp_path, capsys):
         ({"--model": "glm4_lite_dense"}, "has no indexer"),
         ({"--model": "glm_indexer_types", "--pattern": "all-full"}, "this checkpoint has indexer weights only"),
         ({"--seq-len": "16"}, "within top-k 16"),
+        ({"--seed": "-1"}, "--seed: must be an integer >= 0, not '-1'"),
+        ({"--batch": "1000000000"}, "--batch 1000000000 is more than the 4 sequences of 24 tokens in the text"),
+        ({"--steps": "1"}, "--steps 1 are too few for both stages"),
         ({"--accumulate": "3"}, "--batch 4 does not divide into --accumulate 3"),
         ({"--mesh": "tensor=2"}, "sharded over data only"),
         ({"--lr": "1e-3"}, "--lr takes one rate for one stage, and two for both"),
