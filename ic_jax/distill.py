@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from . import cli, pattern_file
-from .config import DEMO_DIRECTORY, Config
+from .config import Config
 from .errors import UserError
 from .pattern import Pattern
 
@@ -283,7 +283,7 @@ def _body(args) -> None:
     console, out = cli.Console(args.quiet), Path(args.out)
     directory = cli.model_directory(args)
     config = Config.load(directory)
-    name = "demo" if directory == DEMO_DIRECTORY else directory.name
+    name = pattern_file.model_name(args.model)
     if not config.has_indexer:
         raise UserError(f"{config.model_type} at {directory} has no indexer, so there is nothing to distill")
     if args.save_every < 1 or args.batch < 1 or args.accumulate < 1:

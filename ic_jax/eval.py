@@ -144,6 +144,7 @@ def _overlap(args) -> None:
     console, out = cli.Console(args.quiet), Path(args.out)
     if out.suffix == ".png" or out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: give a .csv file in a directory that exists")
+    cli.check_writable(out.parent)
     s = Session(args, console, need_indexer=True)
     with console.progress("overlap") as report:
         layers, matrix = eval_measures.overlap(s.lm, s.ids_NT, batch=args.batch or 1, report=report)

@@ -6,6 +6,7 @@ Holds the pattern with what it was made for and what it costs, so that it cannot
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from . import json_file
@@ -20,8 +21,12 @@ _FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_head
 
 
 def model_name(path: str | None) -> str:
-    """What pattern files call the model at ``path``: the last part of it; the embedded one is the demo."""
-    return "demo" if path is None else path.rstrip("/").split("/")[-1]
+    """What files and messages call the model at ``path``: the last part of it, in a hub's cache the repository's name;
+    None is the demo."""
+    if path is None:
+        return "demo"
+    *_, owner, folder, name = ("", "", *Path(os.path.abspath(path)).parts)
+    return owner.split("--")[-1] if owner.startswith("models--") and folder == "snapshots" else name
 
 
 def describe(config: Config, name: str) -> dict:

@@ -211,6 +211,7 @@ def _body(args) -> None:
         raise UserError(f"--out {out}: {'it is a directory' if out.is_dir() else f'{out.parent} does not exist'}")
     if out.suffix != ".json":
         raise UserError(f"--out {out}: give a name that ends in .json, or --index-pattern would not take it for a file")
+    cli.check_writable(out.parent)
     log = out.with_suffix(".jsonl")
     if log.exists() and not args.resume:
         raise UserError(f"{log} is the log of an earlier search; continue it with --resume, or delete it")

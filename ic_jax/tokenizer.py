@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from . import json_file
 from .errors import UserError
+from .pattern_file import model_name
 
 REPLACEMENT = "\ufffd"
 
@@ -112,7 +113,7 @@ class Tokenizer:
         are malformed, or the template fails or refuses them.
         """
         if not self._templates:
-            raise UserError(f"{self.directory.name} has no chat template; send plain text (--no-chat-template)")
+            raise UserError(f"{model_name(str(self.directory))} has no chat template; send plain text (--no-chat-template)")
         if isinstance(messages, str | bytes) or not messages:
             raise UserError("messages must be a non-empty list of objects with role and content")
         for message in messages:

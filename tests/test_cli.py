@@ -53,7 +53,7 @@ class Echo:
 
         progress(0, 1, "left out 3 tensors")
         self.kwargs, self.calls = kwargs | dict(pattern=pattern), []
-        self.tokenizer, self.config = Tokenizer(path), Config.load(path)
+        self.tokenizer, self.config, self.name = Tokenizer(path), Config.load(path), path.rpartition("/")[2]
         pattern = patterns.parse(pattern, 8) if isinstance(pattern, str) else pattern or self.config.pattern
         self.pattern, self.compile_seconds = None if dense else pattern, 1.25
 

@@ -432,3 +432,12 @@ def test_mistakes_are_one_line(changes, message, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("error: ") and message in error[-1]
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_of_the_hub_has_its_repositorys_name(tmp_path, capsys, monkeypatch):
+    directory = small.directory(tmp_path)
+    monkeypatch.setattr(checkpoint, "find", lambda *args, **kwargs: directory)
+    pattern_file.write(tmp_path / "p.json", FSFS, GLM, "GLM-5")
+    (tmp_path / "text").write_text("w3")
+    flags = f"--model zai-org/GLM-5 --pattern {tmp_path}/p.json --text {tmp_path}/text --steps 2 --out {tmp_path}/out"
+    assert distill.main(flags.split()) == 2 and "the text has 1 tokens" in capsys.readouterr().err

@@ -286,6 +286,7 @@ def test_heat_map(tmp_path):
         (("perplexity", "--patterns", "FFF"), "--index-pattern has 3 characters, the model has 4 layers"),
         (("perplexity", "--patterns", "none.json"), "pattern file none.json cannot be read"),
         (("overlap", "--out", "o.png"), "--out o.png: give a .csv file"),
+        (("overlap", "--out", "/proc/o.csv"), "/proc cannot be written"),
         (("audit", "--dense"), "--dense runs no indexer"),
         (("needle", "--lengths", "2000"), "--lengths 2000: the context holds 1024"),
         (("needle", "--lengths", "20", "--depths", "0"), "a prompt of 20 tokens is too short"),
@@ -295,7 +296,9 @@ def test_heat_map(tmp_path):
         (("needle", "--depths", "x"), "invalid list of float value: 'x'"),
     ],
 )
-def test_mistakes_are_one_line(flags, capsys, arguments, message):
+def test_mistakes_are_one_line(flags, capsys, monkeypatch, arguments, message):
+    if arguments[0] == "overlap":
+        monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))
     assert evaluation.main(flags(*arguments)) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and message in err

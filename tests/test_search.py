@@ -305,6 +305,20 @@ def test_pattern_files(tmp_path):
             pattern_file.read(path, config)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (None, "demo"),
+        ("zai-org/GLM-5", "GLM-5"),
+        ("models/tiny/", "tiny"),
+        ("models/tiny/.", "tiny"),
+        ("/cache/hub/models--zai-org--GLM-5/snapshots/0123abcd", "GLM-5"),
+    ],
+)
+def test_model_names(path, name):
+    assert pattern_file.model_name(path) == name
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = small.directory(tmp_path)
@@ -339,6 +353,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["--dense"], "--dense runs no indexer"),
         (["--out", "no/p.json"], "no does not exist"),
         (["--out", "p.jsonl"], "give a name that ends in .json"),
+        (["--out", "/proc/p.json"], "/proc cannot be written"),
         (["--out", "p"], "--out p: give a name that ends in .json"),
         (["--keep", "x"], "--keep: must be a finite number, not 'x'"),
         (["--max-loss-increase", "nan"], "--max-loss-increase: must be a finite number, not 'nan'"),
