@@ -452,7 +452,7 @@ def test_resume_needs_the_same_source_and_options(converted, tmp_path, capsys):
     assert "another source" in fails(capsys, "hf-to-jax", tmp_path / "other", tmp_path / "ours", "--resume")
 
 
-@pytest.mark.parametrize("line", [b"3", b"[]", b"\xff", b"{}", b"[" * 100_000, b'{"unit": [], "crc": 1}'], ids=repr)
+@pytest.mark.parametrize("line", [b"3", b"[]", b"\xff", b"{}", b"[" * 100_000, b'{"unit": [], "crc": 1}'], ids=range(6))
 def test_a_damaged_journal(tmp_path, line):
     """What it does not say is written again; without a first line, nothing is known of what is there."""
     work = store.Work(tmp_path / "ours", "a", resume=False)
@@ -468,7 +468,7 @@ def test_a_damaged_journal(tmp_path, line):
     assert not transfer._intact(work, "00000", [], 3)
 
 
-def test_an_output_has_one_run(tmp_path):
+def test_an_output_has_one_run(tmp_path, monkeypatch):
     (tmp_path / "source").mkdir()
     with store.Work(tmp_path / "ours", "a", resume=False) as work:
         for resume in (False, True):
@@ -478,6 +478,11 @@ def test_an_output_has_one_run(tmp_path):
     with pytest.raises(UserError, match="already exists"):  # had looked before the first one ended
         store.Work(tmp_path / "ours", "a", resume=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "source"]
+    for ended in (lambda *_: (tmp_path / "ours").rename(tmp_path / "theirs"), lambda *_: (tmp_path / "ours").rmdir()):
+        monkeypatch.setattr(store.fcntl, "flock", ended)
+        with pytest.raises(UserError, match="in use by another run"), store.claimed(tmp_path / "ours"):
+            pass
+        (tmp_path / "ours").mkdir()
 
 
 @pytest.mark.parametrize("direction", ["hf-to-jax", "jax-to-hf"])

@@ -362,9 +362,15 @@ def test_a_save_is_not_interrupted_and_begins_with_the_table(tmp_path, monkeypat
     assert work.latest() == 1
 
 
-def test_an_output_has_one_run_and_damaged_files_are_said(tmp_path):
+def test_an_output_has_one_run_and_damaged_files_are_said(tmp_path, monkeypatch):
     from ic_jax import distill_files
 
+    with monkeypatch.context() as patched:
+        claimed = distill_files.store.claimed
+        patched.setattr(distill_files.store, "claimed", lambda path: (tmp_path / "late").mkdir() or claimed(path))
+        with pytest.raises(UserError, match="late already exists"):  # another run ended after this one had looked
+            distill_files.Work(tmp_path / "late", {}, resume=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["late"]
     begin = functools.partial(distill_files.Work, tmp_path / "out", {"seed": 1})
     with begin(resume=False) as work:
         for resume in (False, True):

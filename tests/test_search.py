@@ -126,7 +126,7 @@ def test_a_log_of_something_else_is_refused(lm, tmp_path):
     good = log.read_bytes()
     header, entry = (json.loads(line) for line in good.splitlines()[:2])
     deep = b"[" * 100_000
-    lines = [{}, [], 3, *(entry | change for change in (dict(loss=["x"]), dict(loss=2), dict(loss=[]), dict(batch=[])))]
+    lines = [{}, [], 3, *(entry | change for change in (dict(loss=["x"]), dict(loss="12"), dict(loss=[]), dict(batch=[])))]
     for line in [deep, b"\xff", *(json.dumps(line).encode() for line in lines)]:
         log.write_bytes(good + line + b"\n{}\n")
         with pytest.raises(UserError, match=r"line 4 is damaged"):
