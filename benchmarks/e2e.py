@@ -212,9 +212,11 @@ def run_kind(args, kind: str) -> bool:
 
 
 def main() -> int:
+    from ic_jax.config import PRESETS
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", nargs="?", default="all", choices=("all", *KINDS, "report"))
-    parser.add_argument("--preset", default="glm-4.7-flash-dsa")
+    parser.add_argument("--preset", default="glm-4.7-flash-dsa", choices=PRESETS)
     parser.add_argument("--layers", type=int, help="only the first layers of the model, for trials")
     lengths = lambda text: [int(t) for t in text.split(",")]
     parser.add_argument("--tokens", type=lengths, default=[10_000, 60_000, 120_000, 200_000])

@@ -30,6 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+DATA = ("text.npy", "recall.npy", "heldout.npy")
 KEEPS = (2, 4, 8)  # one layer in so many stays full
 RECALL_SHARE = 0.25  # of the rows that search and training see
 DEPTHS, KEYS = (0.0, 0.25, 0.5, 0.75, 1.0), (1, 4)
@@ -64,8 +65,7 @@ class Study:
         self.config = Config.load(self.directory)
         self.n = self.config.num_hidden_layers
         self.load = lambda path: ic_jax.load(path, implementation=args.implementation)
-        read = lambda name: np.load(args.data / f"{name}.npy")
-        self.text_T, self.recall, self.held_T = read("text"), read("recall"), read("heldout")
+        self.text_T, self.recall, self.held_T = (np.load(args.data / name) for name in DATA)
 
     def about(self) -> dict:
         """What all parts of a study have in common."""
@@ -326,6 +326,8 @@ def main(argv=None) -> int:
         return study_report.write(args.out)
     if args.data is None:
         parser.error("--data is missing")
+    if absent := [name for name in DATA if not (args.data / name).is_file()]:
+        parser.error(f"--data {args.data} has no {absent[0]}; ic_jax.demo.corpus makes it")
     for folder in (args.out / "logs", args.cache):
         folder.mkdir(parents=True, exist_ok=True)
     if args.kind == "part":

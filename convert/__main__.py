@@ -21,40 +21,21 @@ from pathlib import Path
 
 import numpy as np
 
+from ic_jax import cli
 from ic_jax.config import Config
 from ic_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = _parser().parse_args(argv)
-        args.run(args)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # `| head` went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (UserError, OSError) as e:
-        if "--debug" in argv:
-            raise
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)  # names in a file may hold line breaks
-        return 2
-    except KeyboardInterrupt:
-        resumes = {"hf-to-jax", "jax-to-hf"} & set(argv)
-        print("interrupted" + ("; the same command with --resume goes on" if resumes else ""), file=sys.stderr)
-        return 130
+    return cli.run(lambda args: args.run(args), _parser(), argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose flags are never guessed from a prefix."""
+class _Parser(cli.Parser):
+    """A Parser that ``add_subparsers`` can make, too."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        argparse.ArgumentParser.__init__(self, allow_abbrev=False, **kwargs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +114,10 @@ def _transfer(args, plan) -> None:
     if args.dry_run:
         print(f"would write {what} to {args.dst}")
         return
-    plan.write()
+    try:
+        plan.write()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command with --resume goes on") from None
     print(f"wrote {what} to {args.dst}")
 
 

@@ -9,16 +9,20 @@ An entry larger than a piece is cut along its first axis. MTP tensors are entrie
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ic_jax import interrupts, json_file
 from ic_jax.errors import UserError
 
 from .safetensors import DTYPES, INDEX, NAMES, Tensor
@@ -82,14 +86,15 @@ class Store:
         self.tensors: dict[str, Tensor] = {}
         self.pieces: dict[str, list[dict]] = {}
         path = directory / MANIFEST
+        manifest = json_file.read(path)
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
             format, self.fused = manifest["format"], bool(manifest["fused"])
             for name, entry in manifest["entries"].items():
                 shape, pieces = tuple(entry["shape"]), entry["pieces"]
                 row = 0
                 for piece in pieces:
-                    if piece["row"] != row or piece["rows"] < 0 or not piece["group"].isdecimal():
+                    whole = isinstance(piece["key"], str) and isinstance(piece["crc"], int)
+                    if piece["row"] != row or piece["rows"] < 0 or not piece["group"].isdecimal() or not whole:
                         raise ValueError(f"the pieces of {name} do not follow each other")
                     row += piece["rows"]
                 if row != (shape[0] if shape else 1) or entry["dtype"] not in STORED:
@@ -98,7 +103,7 @@ class Store:
                     directory / "weights" / pieces[0]["group"], NAMES[STORED[entry["dtype"]]], shape
                 )
                 self.pieces[name] = pieces
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
             raise UserError(f"{path} cannot be read: {type(e).__name__}: {first_line(e)}") from None
         if format != FORMAT:
             raise UserError(f"{directory} has format {format}, this version reads format {FORMAT}; convert it again")
@@ -135,6 +140,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+@interrupts.deferred()
 def write_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
     """Write ``arrays`` as one Orbax checkpoint, flushed to the disk; returns the CRC-32 of each."""
     import orbax.checkpoint as ocp
@@ -182,34 +188,69 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Within it, the file or directory ``path`` belongs to this run; UserError when it belongs to another one."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.stat(path), os.fstat(descriptor))  # else it was renamed meanwhile
+        except OSError as e:
+            free = not isinstance(e, BlockingIOError | FileNotFoundError)  # some file systems have no locks
+        if not free:
+            raise UserError(f"{path} is in use by another run; wait for its end, or give another output")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Work:
-    """The directory that a conversion works in, and the journal of its finished units."""
+    """The directory that a conversion works in, and the journal of its finished units; use as a context manager."""
 
     def __init__(self, destination: Path, fingerprint: str, resume: bool):
         self.destination = destination = destination.absolute()
         self.directory = destination.with_name(destination.name + INCOMPLETE)
         self.journal = self.directory / JOURNAL
         self.done: dict[str, dict] = {}
-        if self.directory.exists() and not self.journal.exists() and not (self.directory / "config.json").exists():
-            shutil.rmtree(self.directory)  # killed before it had written anything that counts
-        if self.directory.exists() and not resume:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as claim:
+            claim.enter_context(claimed(self.directory))
+            self._begin(fingerprint, resume)
+            self._claim = claim.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._claim.close()
+
+    def _begin(self, fingerprint: str, resume: bool) -> None:
+        fresh = not self.journal.exists() and not (self.directory / "config.json").exists()
+        if self.destination.exists() and any(self.destination.iterdir()):  # the run that made it has just ended
+            if fresh:
+                shutil.rmtree(self.directory)
+            raise UserError(f"{self.destination} already exists and is not empty; give another directory")
+        if not fresh and not resume:
             raise UserError(f"{self.directory} holds an unfinished conversion; continue it with --resume, or delete it")
-        if not self.directory.exists():
-            self.directory.mkdir(parents=True)
+        if fresh:
+            for path in self.directory.iterdir():  # of a run that was killed before it had written anything that counts
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_text(self.journal, json.dumps({"fingerprint": fingerprint}) + "\n")
             return
-        if not self.journal.exists():
+        if self.complete:
             return  # complete but for the rename
         lines = []
-        for line in self.journal.read_text(encoding="utf-8").splitlines():
+        for line in self.journal.read_bytes().splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                lines.append(json_file.parse(line, self.journal))
+            except UserError:
                 break  # the line being written when it was killed
         if not lines or lines[0].get("fingerprint") != fingerprint:
             raise UserError(
                 f"{self.directory} was begun from another source or with other options; delete it to start again"
             )
+        lines[1:] = [line for line in lines[1:] if isinstance(line.get("unit"), str) and "crc" in line]
         self.done = {line["unit"]: line for line in lines[1:]}
         write_text(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -174,10 +174,7 @@ def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=
     notes = [f"carrying {mtp} tensors of the multi-token-prediction layer"] if mtp else []
     notes += checkpoint.notes(reader, config, mtp=False)
 
-    def write():
-        work = _work(destination, _fingerprint(reader, "hf-to-jax", dtype, store.GROUP), resume)
-        if work.complete:
-            return work.rename()
+    def write(work):
         for path in (work.directory / "weights").glob("*"):
             if path.name not in work.done:
                 shutil.rmtree(path)  # what Orbax had not finished when it was killed
@@ -186,7 +183,7 @@ def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=
         records = {}
         for unit, run, size in units:
             crc = work.done.get(unit, {}).get("crc")
-            if crc is None or not _intact(work, unit, run, crc):
+            if not _intact(work, unit, run, crc):
                 arrays = {block.key: block.read() for block in run}
                 crc = _guarded(work, store.write_group, work.directory, unit, arrays)
                 del arrays
@@ -202,11 +199,13 @@ def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=
         config_json = _config_json(source, dtype, any(e.quantized for e in every))
         _guarded(work, work.finish, source, config_json, {store.MANIFEST: json.dumps(manifest)})
 
-    return Plan(units, notes, _closing(reader, write))
+    return Plan(units, notes, _writing(write, reader, destination, resume, "hf-to-jax", dtype, store.GROUP))
 
 
-def _intact(work: store.Work, unit: str, run: list[_Block], crc: dict[str, int]) -> bool:
-    """Whether a group that the journal calls finished holds what was written."""
+def _intact(work: store.Work, unit: str, run: list[_Block], crc) -> bool:
+    """Whether a group holds what was written, by the checksums in the journal; ``crc`` may be anything else."""
+    if not isinstance(crc, dict):
+        return False
     arrays = store.Arrays(work.directory)
     for block in run:
         out = np.empty(block.entry.oriented(block.size), block.dtype)
@@ -219,10 +218,10 @@ def _intact(work: store.Work, unit: str, run: list[_Block], crc: dict[str, int])
     return True
 
 
-def _closing(reader, write):
+def _writing(write: Callable[[store.Work], None], reader, destination: Path, resume: bool, *options):
     def run():
-        with reader:
-            write()
+        with reader, _work(destination, _fingerprint(reader, *options), resume) as work:
+            work.rename() if work.complete else write(work)
 
     return run
 
@@ -318,10 +317,7 @@ def jax_to_hf(source: Path, destination: Path, max_shard_size: int = 5 * 10**9, 
     names = ["model.safetensors"] if single else names
     units = [(name, run, size) for name, (run, size) in zip(names, runs, strict=True)]
 
-    def write():
-        work = _work(destination, _fingerprint(reader, "jax-to-hf", max_shard_size), resume)
-        if work.complete:
-            return work.rename()
+    def write(work):
         done, total = 0, sum(size for *_, size in units)
         _room(work, total - sum(size for unit, _, size in units if unit in work.done))
         for unit, run, size in units:
@@ -336,7 +332,7 @@ def jax_to_hf(source: Path, destination: Path, max_shard_size: int = 5 * 10**9, 
         last = {} if single else {safetensors.INDEX: index_json}
         _guarded(work, work.finish, source, (source / "config.json").read_text(encoding="utf-8"), last)
 
-    return Plan(units, [], _closing(reader, write))
+    return Plan(units, [], _writing(write, reader, destination, resume, "jax-to-hf", max_shard_size))
 
 
 def _write_shard(path: Path, run: list[_Tensor]) -> int:

@@ -7,6 +7,9 @@ import importlib
 import importlib.util
 import sys
 
+from . import __version__, cli
+from .errors import UserError
+
 COMMANDS = {
     "generate": "text from a prompt, streamed",
     "chat": "a conversation in the terminal",
@@ -41,24 +44,24 @@ def usage() -> str:
 def main(argv=None) -> int:
     """Exit status of the command named by the first argument; 2 when there is none of that name."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [None]
+    commands = available()
+    if name in commands:
+        return importlib.import_module(f"ic_jax.{name}").main(rest)
+    return cli.run(lambda args: _without_command(name, commands), cli.Parser("", ""), [])
+
+
+def _without_command(name: str | None, commands) -> None:
     if name in ("-h", "--help"):
         print(usage())
-        return 0
-    if name == "--version":
-        from . import __version__
-
+    elif name == "--version":
         print(f"ic-jax {__version__}")
-        return 0
-    if name is None:
+    elif name is None:
         print(usage(), file=sys.stderr)
-        return 2
-    commands = available()
-    if name not in commands:
+        sys.exit(2)
+    else:
         close = difflib.get_close_matches(name, commands, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
-        print(f"error: no command is called {name!r}; {hint}", file=sys.stderr)
-        return 2
-    return importlib.import_module(f"ic_jax.{name}").main(rest)
+        raise UserError(f"no command is called {name!r}; {hint}")
 
 
 if __name__ == "__main__":

@@ -156,14 +156,8 @@ def _body(args) -> None:
     )  # fmt: skip
 
 
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0, not {text!r}")
-    return int(text)
-
-
 def _depths(text: str) -> list[int]:
-    return sorted({_whole(part.strip()) for part in text.split(",")})
+    return sorted({cli.natural(part.strip()) for part in text.split(",")})
 
 
 def _ratio(text: str) -> float:
@@ -180,8 +174,8 @@ def _parser():
     from .roofline import CHIPS
 
     parser = cli.Parser("bench", "Speed of prefill and decode behind a filled cache, patterns side by side.")
-    parser.add_argument("-p", "--prompt", type=_whole, default=512, metavar="N", help="tokens to prefill; 0: none (512)")
-    parser.add_argument("-n", "--generate", type=_whole, default=32, metavar="N", help="tokens to generate; 0: none (32)")
+    parser.add_argument("-p", "--prompt", type=cli.natural, default=512, metavar="N", help="tokens to prefill, or 0 (512)")
+    parser.add_argument("-n", "--generate", type=cli.natural, default=32, metavar="N", help="tokens to generate, or 0 (32)")
     parser.add_argument("-d", "--depths", type=_depths, default=[0], metavar="N,N…", help="tokens in the cache before (0)")
     parser.add_argument("-b", "--batch", type=cli.positive, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument("-r", "--repeats", type=cli.positive, default=5, metavar="N", help="timed repeats (5)")
@@ -194,7 +188,7 @@ def _parser():
     parser.add_argument("--chip", choices=CHIPS, help="the chip whose limits the roofline share refers to (the one found)")
     random = parser.add_argument_group("random weights")
     random.add_argument("--preset", metavar="NAME", help="shapes of this preset with random weights, in place of --model")
-    random.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the weights and of the tokens (0)")
+    random.add_argument("--seed", type=cli.natural, default=0, metavar="N", help="of the weights and of the tokens (0)")
     random.add_argument(
         "--neighbours", type=_ratio, default=0.0, metavar="R",
         help="make neighbouring queries select alike: R 64 gives 80-90 %% at long context (0: as they are drawn)",

@@ -233,9 +233,9 @@ def fingerprint(ids_NT: np.ndarray) -> str:
     return hashlib.sha256(repr(ids_NT.shape).encode() + ids_NT.astype("<i4").tobytes()).hexdigest()[:16]
 
 
-def batch_size(seq_len: int, sequences: int) -> int:
-    """Sequences of one mini-batch."""
-    return max(1, min(sequences, BATCH_TOKENS // seq_len))
+def batch_size(seq_len: int, sequences: int, asked: int | None = None) -> int:
+    """Sequences of one mini-batch: as many as were ``asked`` for, or by length, but not more than there are."""
+    return max(1, min(sequences, asked or BATCH_TOKENS // seq_len))
 
 
 def batches(ids_NT: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:

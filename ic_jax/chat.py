@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from . import cli
+from . import cli, pattern_file
 from .errors import UserError
 from .generate import check_implementation, title
 
@@ -77,11 +77,11 @@ def _body(args) -> None:
     config = Config.load(directory)
     cli.pattern(args, config.num_hidden_layers)
     if not Tokenizer(directory).has_chat_template:
-        raise UserError(f"{directory.name} has no chat template; for plain text: ic-jax generate")
+        raise UserError(f"{pattern_file.model_name(args.model)} has no chat template; for plain text: ic-jax generate")
     check_implementation(args, config)
     console = cli.Console(args.quiet)
     lm = cli.load(args, console)
-    console.status(title(lm, args))
+    console.status(title(lm))
     console.status(HELP)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() line editing and history)

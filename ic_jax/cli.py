@@ -12,10 +12,12 @@ import json
 import math
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from . import interrupts
 from .errors import UserError
 
 RULE = "=" * 10
@@ -29,6 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)  # argparse would hide that stdout cannot be written
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +102,33 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, not {text!r}")
     return value
+
+
+def natural(text: str) -> int:
+    """An integer >= 0, for argparse."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, not {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+    return value
+
+
+def check_writable(folder: Path) -> None:
+    """UserError when no file can be made in ``folder``."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written: {e.strerror or e}") from None
 
 
 def sampling(args: argparse.Namespace):
@@ -171,9 +203,14 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        body(parser.parse_args(argv))
+        status = 0
+        with interrupts.kept():
+            try:
+                body(parser.parse_args(argv))
+            except SystemExit as e:  # of --help
+                status = e.code or 0
         sys.stdout.flush()
-        return 0
+        return status
     except BrokenPipeError:
         _drop_output()
         return 141
@@ -203,7 +240,7 @@ def _drop_output() -> None:
 def _explain(e: BaseException) -> tuple[str, int] | None:
     """(message, exit status) of an exception that is no defect of the program."""
     if isinstance(e, KeyboardInterrupt):
-        return "interrupted", 130
+        return str(e) or "interrupted", 130
     if isinstance(e, UserError | NotImplementedError):
         return str(e) or "this is not implemented", 2
     if isinstance(e, OSError):
@@ -211,8 +248,23 @@ def _explain(e: BaseException) -> tuple[str, int] | None:
     if _several_processes() and type(e).__name__ == "JaxRuntimeError":
         reason = (str(e).strip().splitlines() or ["no reason given"])[0][:200]
         return f"an exchange with the other processes failed, most likely because one of them ended ({reason})", 2
+    if (why := _no_platform()) is not None:
+        return f"JAX cannot start here what {why}; unset it, or install what it needs", 2
     if "RESOURCE_EXHAUSTED" in str(e) or isinstance(e, MemoryError):
         return "out of memory; try a smaller --max-context or --prefill-chunk, or --mesh over more devices", 2
+    return None
+
+
+def _no_platform() -> str | None:
+    """The platforms that JAX was told to use and why it cannot; None when it can, or was not told."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.config.jax_platforms:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # the latter for a known platform without its plug-in
+        reason = (str(e).strip().splitlines() or ["it is not installed"])[0].partition(" (set JAX_PLATFORMS=")[0]
+        return f"JAX_PLATFORMS={jax.config.jax_platforms} asks for: {reason[:200].rstrip('.')}"
     return None
 
 

@@ -7,12 +7,12 @@ is refused.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
+from . import json_file
 from . import pattern as patterns
 from .errors import UserError
 from .pattern import Pattern
@@ -124,14 +124,11 @@ class Config:
         """The Config of ``directory``/config.json. Raises UserError when it is absent, malformed or unsupported."""
         path = Path(directory) / "config.json"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_hf(json_file.parse(path.read_bytes(), path))
         except FileNotFoundError:
             raise UserError(f"{directory} has no config.json; give a model directory") from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise UserError(f"{path} cannot be read: {e}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{path} does not hold a JSON object")
-        return cls.from_hf(data)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
 
     @classmethod
     def from_hf(cls, hf: dict) -> Config:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from . import cli, pattern_file
-from .config import DEMO_DIRECTORY, Config
+from .config import Config
 from .errors import UserError
 from .pattern import Pattern
 
@@ -66,6 +66,8 @@ def settings_for(
         raise UserError(f"--steps must be >= 1, not {steps}")
     if stage != "both" and warmup_steps is not None:
         raise UserError(f"--warmup-steps divides --stage both; with --stage {stage} there is only one stage")
+    if stage == "both" and steps == 1:
+        raise UserError("--steps 1 are too few for both stages; give at least 2, or one stage with --stage")
     if stage == "both":
         warmup_steps = max(1, steps // 5) if warmup_steps is None else warmup_steps
         if not 0 < warmup_steps < steps:
@@ -202,15 +204,24 @@ def distill(
 
     Raises UserError when something is in the way, and when a loss is not finite: the state before it is saved then.
     """
-    import jax
-
-    from . import checkpoint, distill_files, model, sharding
+    from . import checkpoint, distill_files, sharding
 
     config, report = Config.load(directory), report or (lambda done, total, note: None)
     s.pattern.slots(checkpoint.indexer_layers(directory, config))
-    mesh = mesh or sharding.make_mesh({})
-    about = _about(config, ids_NT, s)
-    work = distill_files.Work(out, about, resume)
+    if s.batch > len(ids_NT):
+        raise UserError(
+            f"--batch {s.batch} is more than the {len(ids_NT)} sequences of {s.seq_len} tokens in the text; make it smaller"
+        )
+    with distill_files.Work(out, _about(config, ids_NT, s), resume) as work:
+        return _train(work, directory, config, ids_NT, s, mesh or sharding.make_mesh({}), save_every, report)
+
+
+def _train(work, directory: Path, config: Config, ids_NT: np.ndarray, s: Settings, mesh, save_every: int, report):
+    """``distill`` in its working directory."""
+    import jax
+
+    from . import checkpoint, distill_files, model
+
     n = work.latest()
     shapes = model.abstract_params(config, s.pattern.n_full, "float32")[0]
     same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -272,7 +283,7 @@ def _body(args) -> None:
     console, out = cli.Console(args.quiet), Path(args.out)
     directory = cli.model_directory(args)
     config = Config.load(directory)
-    name = "demo" if directory == DEMO_DIRECTORY else directory.name
+    name = pattern_file.model_name(args.model)
     if not config.has_indexer:
         raise UserError(f"{config.model_type} at {directory} has no indexer, so there is nothing to distill")
     if args.save_every < 1 or args.batch < 1 or args.accumulate < 1:
@@ -331,7 +342,7 @@ def _parser():
     add("--mesh", metavar="AXES", help="devices that share a batch, for instance data=2")
     add("--save-every", type=int, default=100, metavar="N", help="steps between saved states (100)")
     add("--resume", action="store_true", help="continue an interrupted run, to the same weights")
-    add("--seed", type=int, default=0, help="the same seed takes the text in the same order (0)")
+    add("--seed", type=cli.natural, default=0, help="the same seed takes the text in the same order (0)")
     add("--json", action="store_true", help="one JSON object on the last line of stdout")
     cli.add_common_flags(parser)
     return parser

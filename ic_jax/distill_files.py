@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -23,7 +24,7 @@ import numpy as np
 
 from convert import safetensors, store, transfer
 
-from . import checkpoint
+from . import checkpoint, interrupts, json_file
 from .config import Config
 from .demo.export import hf_tensors
 from .distill_loss import cast
@@ -57,7 +58,8 @@ def one_line(write):
 class Work:
     """The directory a distillation works in. ``about``: what a resumed run must have in common with it.
 
-    Raises UserError when the destination or an unfinished run is in the way, or was begun with other settings.
+    Raises UserError when the destination, an unfinished run or another run is in the way, or it was begun with other
+    settings. Use as a context manager.
     """
 
     def __init__(self, destination: Path, about: dict, resume: bool):
@@ -70,16 +72,32 @@ class Work:
             raise UserError(f"--out {destination}: {self.destination.parent} does not exist")
         if self.directory.exists() and not path.exists():
             raise UserError(f"{self.directory} is in the way, and no distillation; delete it or give another --out")
-        if self.directory.exists() and not resume:
-            raise UserError(f"{self.directory} holds an unfinished run; continue it with --resume, or delete it")
-        if not self.directory.exists():
+        if fresh := not self.directory.exists():
             aside = self.directory.with_name(self.directory.name + ".new")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             store.write_text(aside / SETTINGS, json.dumps(about, indent=1) + "\n")
             os.replace(aside, self.directory)
-            return
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.ExitStack() as claim:
+            claim.enter_context(store.claimed(self.directory))
+            if self.destination.exists():  # another run has just ended
+                if fresh:
+                    shutil.rmtree(self.directory)
+                raise UserError(f"{destination} already exists; give another --out")
+            if not fresh:
+                self._continue(about, resume)
+            self._claim = claim.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._claim.close()
+
+    def _continue(self, about: dict, resume: bool) -> None:
+        if not resume:
+            raise UserError(f"{self.directory} holds an unfinished run; continue it with --resume, or delete it")
+        begun = json_file.read(self.directory / SETTINGS)
         if other := [name for name in about if begun.get(name) != about[name]]:
             was = ", ".join(f"{name} was {begun.get(name)}, now {about[name]}" for name in other)
             raise UserError(f"{self.directory} was begun with other settings: {was}; delete it to start again")
@@ -90,19 +108,20 @@ class Work:
         found = [int(p.name) for p in states.iterdir() if p.name.isdecimal()] if states.is_dir() else []
         return max(found, default=None)
 
+    @interrupts.deferred()
     @one_line
     def save(self, n: int, state: dict, rows: list[dict]) -> None:
-        """Save the state after step ``n`` and the table; then delete the states before it."""
+        """Save the table and the state after step ``n``; then delete the states before it."""
         import orbax.checkpoint as ocp
 
-        path = self.directory / "state" / str(n)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, state, force=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        store.write_text(self.directory / TABLE, text.getvalue())
+        store.write_text(self.directory / TABLE, text.getvalue())  # first: rows beyond a state are ignored, lost ones not
+        path = self.directory / "state" / str(n)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state, force=True)
         for other in path.parent.iterdir():
             if other.name != str(n):
                 shutil.rmtree(other)
@@ -125,9 +144,12 @@ class Work:
         if not path.exists():
             return []
         kinds = dict(zip(COLUMNS, (int, str, float, float, float, float), strict=True))
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{k: kinds[k](v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-        return [row for row in rows if row["step"] <= n]
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [{k: kinds[k](v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+            return [row for row in rows if row["step"] <= n]
+        except (ValueError, KeyError, TypeError, csv.Error) as e:
+            raise UserError(f"{path} is damaged ({store.first_line(e)}); delete it to go on with an empty table") from None
 
     @one_line
     def finish(self, source: Path, config: Config, params: dict) -> None:

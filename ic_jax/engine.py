@@ -22,7 +22,7 @@ from pallas_kernels import dispatch
 from . import cache as caches
 from . import checkpoint, model, pattern_file, sampling, sharding
 from .config import DEMO_DIRECTORY, Config
-from .errors import UserError
+from .errors import UserError, not_finite
 from .parallel import Parallel, cache_specs
 from .pattern import Pattern
 from .sampling import SamplingParams
@@ -252,11 +252,13 @@ class LM:
     def _steps(self, prompts, max_tokens, params) -> Iterator[list[Piece | None]]:
         """For every step, one Piece a sequence, or None where it had already finished."""
         B, lengths = len(prompts), np.array([len(p) for p in prompts])
-        budget = np.minimum(max_tokens, self.max_context - lengths)
+        budget = np.minimum(min(max_tokens, self.max_context), self.max_context - lengths)
         cache = self.engine.new_cache(B, int((lengths + budget).max()))
         batch = sampling.batch(params)
         compiled, start = self.engine.compile_seconds, time.perf_counter()
         logits_BW, cache = self.engine.prefill(prompts, cache)
+        if not np.isfinite(logits_BW).all():
+            raise not_finite("the prompt")
         token_B = self.engine.sample(logits_BW, jnp.asarray(lengths - 1, jnp.int32), batch)
         token_B.block_until_ready()
         prompt_seconds = time.perf_counter() - start - (self.engine.compile_seconds - compiled)

@@ -106,7 +106,7 @@ def _needle(args) -> None:
     from . import calibration, eval_measures
 
     console = cli.Console(args.quiet)
-    filler = calibration.read_text(args.text, args.model) if args.text else None
+    filler = None if args.text is None else calibration.read_text(args.text, args.model)
     s = Session(args, console)
     k = s.lm.config.index_topk if s.lm.config.has_indexer else 1024
     lengths = args.lengths or [n for n in (2 * k, 4 * k, 8 * k) if n <= s.lm.max_context] or [s.lm.max_context]
@@ -144,6 +144,7 @@ def _overlap(args) -> None:
     console, out = cli.Console(args.quiet), Path(args.out)
     if out.suffix == ".png" or out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: give a .csv file in a directory that exists")
+    cli.check_writable(out.parent)
     s = Session(args, console, need_indexer=True)
     with console.progress("overlap") as report:
         layers, matrix = eval_measures.overlap(s.lm, s.ids_NT, batch=args.batch or 1, report=report)
@@ -281,7 +282,7 @@ def _parser(command: str):
             "--keys", type=numbers(cli.positive), default=[1, 4], metavar="N,…", help="facts in a prompt (1,4)"
         )
         group.add_argument("--trials", type=cli.positive, default=4, metavar="N", help="prompts of a cell (4)")
-        group.add_argument("--seed", type=int, default=0, help="of the prompts (0)")
+        group.add_argument("--seed", type=cli.natural, default=0, help="of the prompts (0)")
     if command == "overlap":
         group.add_argument("--out", default="overlap.csv", metavar="FILE", help="the matrix (overlap.csv)")
         group.add_argument("--plot", action="store_true", help="also draw it, as a .png beside the CSV")
@@ -306,13 +307,19 @@ def usage() -> str:
 def main(argv=None) -> int:
     """Exit status of ``ic-jax eval``."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [None]
+    if name in COMMANDS:
+        return cli.run(globals()[f"_{name}"], _parser(name), rest)
+    return cli.run(lambda args: _without_measure(name), cli.Parser("eval", ""), [])
+
+
+def _without_measure(name: str | None) -> None:
     if name in ("-h", "--help"):
         print(usage())
-        return 0
-    if name not in COMMANDS:
-        print(f"error: ic-jax eval measures {', '.join(COMMANDS)}, not {name!r}" if name else usage(), file=sys.stderr)
-        return 2
-    return cli.run(globals()[f"_{name}"], _parser(name), rest)
+    elif name is None:
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    else:
+        raise UserError(f"ic-jax eval measures {', '.join(COMMANDS)}, not {name!r}")
 
 
 if __name__ == "__main__":

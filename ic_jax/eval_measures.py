@@ -14,7 +14,7 @@ import numpy as np
 
 from . import calibration, needle
 from .calibration import Runner
-from .errors import UserError
+from .errors import UserError, not_finite
 from .pattern import Pattern
 
 DENSE = "dense"  # in place of a Pattern: attend to every token
@@ -60,7 +60,7 @@ def perplexity(
     against = against or lm
     runs, reference, params = _Runs(lm, seq_len), against.pattern or DENSE, against.engine.params
     reference_runs = runs if against is lm else _Runs(against, seq_len)
-    chunks = list(calibration.batches(ids_NT, batch or calibration.batch_size(seq_len, len(ids_NT))))
+    chunks = list(calibration.batches(ids_NT, calibration.batch_size(seq_len, len(ids_NT), batch)))
     found: dict[str, list] = {name: [] for name in patterns}
     base = []
     for b, (ids, n) in enumerate(chunks):
@@ -101,13 +101,15 @@ def recall(
 ) -> list[dict]:  # fmt: skip
     """Share of answers found, one dict for each pattern, number of keys, length and depth; see ``needle``.
 
-    Raises UserError when a length exceeds the context or does not hold the facts.
+    Raises UserError when a length exceeds the context or does not hold the facts, and for logits that are not finite.
     """
     if too_long := [n for n in lengths if n > lm.max_context]:
         raise UserError(f"--lengths {too_long[0]}: the context holds {lm.max_context}")
     if bad := [d for d in depths if not 0 <= d <= 1]:
         raise UserError(f"--depths must lie in 0..1, not {bad[0]:g}")
     text = lm.tokenizer.encode(needle.FILLER if filler is None else filler, add_special_tokens=False)
+    if not text:
+        raise UserError("--text has no tokens to hide the facts in")
     made = {
         (n, k): needle.rows(lm.tokenizer, n, depths, k, trials, seed, text) for n in lengths for k in keys
     }  # before anything runs, so that what does not fit is said at once
@@ -116,12 +118,14 @@ def recall(
         runs = _Runs(lm, length)
         for k in keys:
             ids_NT, answer_NS, depth_N = made[length, k]
-            size = batch or calibration.batch_size(length, len(ids_NT))
+            size = calibration.batch_size(length, len(ids_NT), batch)
             for name, pattern in patterns.items():
                 hits = []
                 for ids, n in calibration.batches(np.hstack([ids_NT, answer_NS]), size):
                     ids, answer = ids[:, : length + 1], ids[:, length + 1 :] > 0
                     losses = runs.dense.token_losses(runs(pattern, ids[:, :-1]), ids[:, 1:])
+                    if not np.isfinite(losses["loss"]).all():
+                        raise not_finite(f"{name} on prompts of {length} tokens")
                     hits.append(((np.asarray(losses["top1"]) > 0) | ~answer).all(1)[:n])
                 hits_N, done = np.concatenate(hits), done + 1
                 for depth in depths:
@@ -144,7 +148,7 @@ def overlap(lm, ids_NT: np.ndarray, *, batch: int = 1, report: Report | None = N
     the queries that see more than top-k tokens, every layer full."""
     layers, K = lm.pattern.full_layers, lm.config.index_topk
     runner, slots = Runner(lm.engine, ids_NT.shape[1] - 1), slots_of(lm, lm.pattern)
-    chunks = list(calibration.batches(ids_NT, batch))
+    chunks = list(calibration.batches(ids_NT, min(batch, len(ids_NT))))
     total = np.zeros((len(layers), len(layers)))
     for b, (ids, n) in enumerate(chunks):
         state, chosen = runner.begin(ids[:, :-1]), []

@@ -7,7 +7,6 @@ weights load. Without ``--model`` it runs on the embedded demo model.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from . import cli
 from .errors import UserError
@@ -84,9 +83,9 @@ def check_prompt(ids: list[int], args, config) -> None:
         raise UserError(f"the prompt has {len(ids)} tokens, the context holds {context}{more}")
 
 
-def title(lm, args) -> str:
+def title(lm) -> str:
     """First line of the status: model, layers, pattern, top-k."""
-    parts = [Path(args.model).resolve().name if args.model else "demo", f"{lm.config.num_hidden_layers} layers"]
+    parts = [lm.name, f"{lm.config.num_hidden_layers} layers"]
     if lm.pattern is None:
         parts.append("dense attention, no indexer")
     else:
@@ -129,7 +128,7 @@ def _body(args) -> None:
 
     console = cli.Console(args.quiet)
     lm = cli.load(args, console)
-    console.status(title(lm, args))
+    console.status(title(lm))
     pieces, piece = [], None
     for piece in lm.stream(ids, max_tokens=args.max_tokens, sampling=params):
         if not pieces:

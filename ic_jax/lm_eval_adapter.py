@@ -9,7 +9,7 @@ import importlib.util
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, not_finite
 
 
 def require() -> None:
@@ -24,6 +24,8 @@ def score(lm, context: list[int], continuation: list[int]) -> tuple[float, bool]
     ids = [*context, *continuation][-(lm.max_context) :]
     n = min(len(continuation), len(ids) - 1)
     logits_TW = lm.logits(ids)[-n - 1 : -1].astype(np.float64)
+    if not np.isfinite(logits_TW).all():
+        raise not_finite("a request")
     targets = np.array(ids[-n:])
     top = logits_TW.max(-1, keepdims=True)
     logp_T = logits_TW[np.arange(n), targets] - top[:, 0] - np.log(np.exp(logits_TW - top).sum(-1))

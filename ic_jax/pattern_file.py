@@ -6,8 +6,10 @@ Holds the pattern with what it was made for and what it costs, so that it cannot
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+from . import json_file
 from . import pattern as patterns
 from .config import Config
 from .errors import UserError
@@ -19,8 +21,12 @@ _FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_head
 
 
 def model_name(path: str | None) -> str:
-    """What pattern files call the model at ``path``: the last part of it; the embedded one is the demo."""
-    return "demo" if path is None else path.rstrip("/").split("/")[-1]
+    """What files and messages call the model at ``path``: the last part of it, in a hub's cache the repository's name;
+    None is the demo."""
+    if path is None:
+        return "demo"
+    *_, owner, folder, name = ("", "", *Path(os.path.abspath(path)).parts)
+    return owner.split("--")[-1] if owner.startswith("models--") and folder == "snapshots" else name
 
 
 def describe(config: Config, name: str) -> dict:
@@ -44,13 +50,8 @@ def read(path: str | Path, config: Config, name: str | None = None) -> Pattern:
 
     Raises UserError when it cannot be read, is no pattern file, or was made for another model.
     """
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"pattern file {path} cannot be read: {e.strerror or e}") from None
-    except ValueError as e:
-        raise UserError(f"pattern file {path} is not JSON: {e}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("pattern"), str):
+    data = json_file.read(path, f"pattern file {path}")
+    if data.get("format") != FORMAT or not isinstance(data.get("pattern"), str):
         raise UserError(f"{path} is not a pattern file of ic-jax search")
     pattern = Pattern(data["pattern"])
     if len(pattern.layers) != config.num_hidden_layers:

@@ -171,8 +171,10 @@ def _body(args) -> None:
     from . import config as configs
     from . import pattern_file, sharding
 
+    if args.model not in configs.PRESETS and not Path(args.model).exists():
+        raise UserError(f"--model {args.model} is no directory, and no preset: {', '.join(configs.PRESETS)}")
     config = configs.preset(args.model) if args.model in configs.PRESETS else configs.Config.load(args.model)
-    name = Path(args.model).name
+    name = pattern_file.model_name(args.model)
     sizes = dict.fromkeys(sharding.MESH_AXES, 1) | sharding.parse_mesh(args.mesh)
     sharding.check_mesh(config, sizes)
     if args.context > config.max_position_embeddings:

@@ -6,6 +6,7 @@ which ``--resume`` continues after a kill. As a library: ``search(lm, tokens, ke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -110,7 +111,7 @@ def search(
     seq_len = calibration.check_seq_len(lm.config, seq_len, lm.max_context)
     ids_NT = calibration.text_windows(lm, text, seq_len, samples)
     log = None if log is None else Path(log)
-    batch = batch or calibration.batch_size(seq_len, len(ids_NT))
+    batch = calibration.batch_size(seq_len, len(ids_NT), batch)
     if together is None:
         together = ((resume and read_header(log)) or {}).get("together") or _together(lm, batch * seq_len)
     about = dict(sha256=calibration.fingerprint(ids_NT), sequences=len(ids_NT), seq_len=seq_len)
@@ -124,28 +125,29 @@ def search(
         index_dtype=lm.engine.index_dtype,
         implementation=lm.engine.options["implementation"],
     )
-    book, report = Log(header, log, resume), report or (lambda done, total, note: None)
+    report = report or (lambda done, total, note: None)
     total = methods.n_evaluations(start, keep, blocks) if method == "greedy" else 0
-    evaluator = Evaluator(
-        lm.engine, start.full_layers, ids_NT, batch=batch, together=together, log=book, report=report, total=total
-    )
-    start_loss = evaluator.loss(start)
-    history, pattern, timer = [], start, time.perf_counter()
-    if method == "greedy":
-        for step in methods.greedy(evaluator.candidates, start, keep, blocks):
-            history.append(step)
-            pattern = Pattern(step["pattern"])
-            left = (time.perf_counter() - timer) / evaluator.done * (evaluator.total - evaluator.done)
-            note = (
-                f"step {step['step']}/{start.n_full - keep}: layer {step['layer']} shared, "
-                f"loss {step['loss']:.4f} ({step['loss'] - start_loss:+.4f}), {_clock(left)} left"
-            )
-            report(evaluator.done, evaluator.total, note)
-    elif method == "uniform":
-        pattern = methods.uniform(n_layers, keep)
-    else:
-        pattern = methods.similarity(evaluator.similarities(start), keep, start.full_layers)
-    loss = history[-1]["loss"] if history else evaluator.loss(pattern)
+    with Log(header, log, resume) as book:
+        evaluator = Evaluator(
+            lm.engine, start.full_layers, ids_NT, batch=batch, together=together, log=book, report=report, total=total
+        )
+        start_loss = evaluator.loss(start)
+        history, pattern, timer = [], start, time.perf_counter()
+        if method == "greedy":
+            for step in methods.greedy(evaluator.candidates, start, keep, blocks):
+                history.append(step)
+                pattern = Pattern(step["pattern"])
+                left = (time.perf_counter() - timer) / evaluator.done * (evaluator.total - evaluator.done)
+                note = (
+                    f"step {step['step']}/{start.n_full - keep}: layer {step['layer']} shared, "
+                    f"loss {step['loss']:.4f} ({step['loss'] - start_loss:+.4f}), {_clock(left)} left"
+                )
+                report(evaluator.done, evaluator.total, note)
+        elif method == "uniform":
+            pattern = methods.uniform(n_layers, keep)
+        else:
+            pattern = methods.similarity(evaluator.similarities(start), keep, start.full_layers)
+        loss = history[-1]["loss"] if history else evaluator.loss(pattern)
     return Result(pattern, loss, start, start_loss, history, about, method, time.perf_counter() - began)
 
 
@@ -197,10 +199,9 @@ def _clock(seconds: float) -> str:
 
 
 def _keep(text: str) -> float | int:
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        return float(text)
+    return cli.finite(text)
 
 
 def _body(args) -> None:
@@ -208,9 +209,10 @@ def _body(args) -> None:
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: {'it is a directory' if out.is_dir() else f'{out.parent} does not exist'}")
+    if out.suffix != ".json":
+        raise UserError(f"--out {out}: give a name that ends in .json, or --index-pattern would not take it for a file")
+    cli.check_writable(out.parent)
     log = out.with_suffix(".jsonl")
-    if out == log:
-        raise UserError(f"--out {out}: the log of the search takes this name; give one that ends in .json")
     if log.exists() and not args.resume:
         raise UserError(f"{log} is the log of an earlier search; continue it with --resume, or delete it")
     if args.dense:
@@ -296,7 +298,7 @@ def _parser():
     )
     group.add_argument("--resume", action="store_true", help="continue from the log beside --out")
     group.add_argument(
-        "--max-loss-increase", type=float, metavar="X", help="fail when the pattern costs more nats a token than this"
+        "--max-loss-increase", type=cli.finite, metavar="X", help="fail when the pattern costs more nats a token than this"
     )
     group.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     cli.add_model_flags(parser)

@@ -5,6 +5,7 @@ A candidate restarts from the state that enters its layer. Flow: search -> Evalu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert import store
 from pallas_kernels import physical_rows, sparse_mla
 
-from . import attention, calibration, cli
+from . import attention, calibration, cli, json_file
 from . import cache as caches
 from .errors import UserError
 from .pattern import Pattern
@@ -31,16 +33,34 @@ class Log:
 
     The first line, the header, says what the losses depend on. Lines are appended whole and synced; a line torn by a
     kill is cut off on resuming. Raises UserError when the file exists and ``resume`` is not given, when its header
-    is another one, or when it is damaged.
+    is another one, when it is damaged, or when another run has it; use as a context manager.
     """
 
     def __init__(self, header: dict, path: Path | None = None, resume: bool = False):
-        self.path, self.losses = path, {}
+        self.path, self.losses, self._claim = path, {}, contextlib.ExitStack()
         if path is None:
             return
-        if path.exists() and not resume:
-            raise UserError(f"{path} is the log of an earlier search; continue it with --resume, or delete it")
-        old = read_header(path)
+        with contextlib.ExitStack() as claim:
+            if cli.is_first_process():
+                earlier = path.exists()
+                try:
+                    path.touch()
+                    claim.enter_context(store.claimed(path))
+                except OSError as e:
+                    raise UserError(f"{path} cannot be written: {e.strerror or e}") from None
+                if earlier and not resume:
+                    raise UserError(f"{path} is the log of an earlier search; continue it with --resume, or delete it")
+            self._begin(header)
+            self._claim = claim.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._claim.close()
+
+    def _begin(self, header: dict) -> None:
+        old, path = read_header(self.path), self.path
         if old is None:
             self._write([header], fresh=True)
             return
@@ -50,9 +70,12 @@ class Log:
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines[1:-1], 2):
             try:
-                entry = json.loads(line)
-                self.losses[entry["pattern"], entry["batch"]] = entry["loss"]
-            except (ValueError, KeyError, TypeError):
+                entry = json_file.parse(line, path)
+                key, loss = (entry["pattern"], entry["batch"]), entry["loss"]
+                if [type(part) for part in (*key, loss)] != [str, int, list] or not loss:
+                    raise ValueError
+                self.losses[key] = [None if v is None else float(v) for v in loss]
+            except (ValueError, KeyError, TypeError, OverflowError):
                 raise UserError(f"{path}, line {number} is damaged; delete the file to start anew") from None
         self.losses = {k: v for k, v in self.losses.items() if None not in v}
         if lines[-1] and cli.is_first_process():
@@ -85,14 +108,18 @@ class Log:
 
 
 def read_header(path: Path | None) -> dict | None:
-    """The header of a log, None when there is no whole one."""
+    """The header of a log, None when there is no whole one. Raises UserError when it is none of a search."""
     try:
         first, newline, _ = path.read_bytes().partition(b"\n") if path else (b"", b"", b"")
-        return json.loads(first) if newline else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as the log of a search: {e}") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
+    header = json_file.parse(first, f"the log of a search {path}") if newline else None
+    together = (header or {}).get("together", 1)
+    if type(together) is not int or together < 1:
+        raise UserError(f"the log of a search {path} is damaged: together is {together!r}")
+    return header
 
 
 class Evaluator:

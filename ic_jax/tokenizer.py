@@ -16,7 +16,9 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from . import json_file
 from .errors import UserError
+from .pattern_file import model_name
 
 REPLACEMENT = "\ufffd"
 
@@ -111,7 +113,7 @@ class Tokenizer:
         are malformed, or the template fails or refuses them.
         """
         if not self._templates:
-            raise UserError(f"{self.directory.name} has no chat template; send plain text (--no-chat-template)")
+            raise UserError(f"{model_name(str(self.directory))} has no chat template; send plain text (--no-chat-template)")
         if isinstance(messages, str | bytes) or not messages:
             raise UserError("messages must be a non-empty list of objects with role and content")
         for message in messages:
@@ -132,15 +134,7 @@ class Tokenizer:
 
     def _json(self, name: str) -> dict:
         path = self.directory / name
-        if not path.is_file():
-            return {}
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise UserError(f"{path} cannot be read: {e}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{path} does not hold a JSON object")
-        return data
+        return json_file.read(path) if path.is_file() else {}
 
     def _read_templates(self, stored) -> dict[str, str]:
         # transformers' precedence: files beside the tokenizer win over the field of tokenizer_config.json.
@@ -149,8 +143,8 @@ class Tokenizer:
             templates["default"] = stored
         elif isinstance(stored, list):
             for entry in stored:
-                if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
-                    raise UserError("tokenizer_config.json: chat_template must list objects with name and template")
+                if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("name", "template")):
+                    raise UserError("tokenizer_config.json: chat_template must list objects with texts name and template")
                 templates[entry["name"]] = entry["template"]
         elif stored is not None:
             raise UserError("tokenizer_config.json: chat_template must be a string or a list")

@@ -3,10 +3,14 @@
 ``ic_jax.load`` is replaced by a stand-in that echoes; the end-to-end tests on the demo model are elsewhere.
 """
 
+import gc
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import ic_jax
-from ic_jax import __main__, chat, cli, generate, info
+from ic_jax import __main__, chat, cli, generate, info, interrupts
 from ic_jax.config import DEMO_DIRECTORY, Config
 from ic_jax.errors import UserError
 from pallas_kernels import dispatch
@@ -49,7 +53,7 @@ class Echo:
 
         progress(0, 1, "left out 3 tensors")
         self.kwargs, self.calls = kwargs | dict(pattern=pattern), []
-        self.tokenizer, self.config = Tokenizer(path), Config.load(path)
+        self.tokenizer, self.config, self.name = Tokenizer(path), Config.load(path), path.rpartition("/")[2]
         pattern = patterns.parse(pattern, 8) if isinstance(pattern, str) else pattern or self.config.pattern
         self.pattern, self.compile_seconds = None if dense else pattern, 1.25
 
@@ -185,6 +189,41 @@ def test_exit_status(raised, status, message, capsys):
         assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", [0, 10])
+def test_ctrl_c_is_not_lost_in_a_callback(seconds, capsys, monkeypatch):
+    """Python drops what a callback of the garbage collector raises; JAX has one."""
+
+    def callback(phase, info):
+        if phase == "stop":
+            gc.callbacks.remove(callback)
+            signal.raise_signal(signal.SIGINT)
+
+    def body(args):
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(seconds)
+
+    assert cli.run(body, cli.Parser("x", "x"), []) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_ctrl_c_waits_where_it_is_deferred():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("platform", ["cuda", "foo"])
+def test_a_platform_that_is_not_there_is_named(platform):
+    code = "import sys\nfrom ic_jax import info\nsys.exit(info.main([]))"
+    process = python(code, env=os.environ | dict(JAX_PLATFORMS=platform), stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and not out
+    assert err.startswith(b"error: JAX cannot start here what JAX_PLATFORMS=" + platform.encode()) and err.count(b"\n") == 1
+
+
 def test_defects_are_not_hidden():
     def body(args):
         raise KeyError("a defect")
@@ -221,6 +260,21 @@ def test_a_full_disk_behind_stdout_is_one_line():
     with open("/dev/full", "w") as full:
         process = python(WRITER, stdin=subprocess.DEVNULL, stdout=full)
         assert (process.communicate()[1], process.returncode) == (b"error: [Errno 28] No space left on device\n", 2)
+
+
+HELPS = [["ic_jax", "--help"], ["ic_jax", "--version"], ["ic_jax", "eval", "--help"], ["ic_jax", "plan", "--help"]]
+
+
+@pytest.mark.parametrize("argv", [*HELPS, ["convert", "--help"]], ids=" ".join)
+def test_help_into_a_closed_pipe_and_a_full_disk(argv):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full:
+        for stdout, expected in ((write, (b"", 141)), (full, (b"error: [Errno 28] No space left on device\n", 2))):
+            command = [sys.executable, "-W", "error", "-m", *argv]
+            done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=60)
+            assert (done.stderr, done.returncode) == expected
+    os.close(write)
 
 
 @pytest.mark.parametrize(("closed", "expected"), [("<&-", b"x"), ("</dev/null >&-", b""), ("</dev/null 2>&-", b"x")])

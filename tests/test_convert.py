@@ -253,6 +253,8 @@ def test_a_chunk_that_is_not_there_does_not_load_as_zeros(converted, tmp_path):
         (lambda m: m["entries"]["norm"]["pieces"][0].update(key="lm_head"), "norm|lm_head"),
         (lambda m: m["entries"]["norm"].update(pieces=[]), "the pieces of norm|IndexError"),
         (lambda m: m["entries"].update(norm=3), "cannot be read: TypeError"),
+        (lambda m: m["entries"]["norm"]["pieces"][0].pop("key"), "cannot be read: KeyError"),
+        (lambda m: m["entries"]["norm"]["pieces"][0].update(crc="x"), "the pieces of norm do not follow"),
     ],
 )
 def test_bad_manifests(converted, tmp_path, edit, message):
@@ -312,8 +314,7 @@ def test_errors_are_one_line(converted, tmp_path, capsys):
     assert "has no config.json" in fails(capsys, "inspect", tmp_path)
     assert "two lines does not exist" in fails(capsys, "inspect", tmp_path / "two\nlines")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError):
-        main(["hf-to-jax", str(ours), str(dst), "--debug"])
+    assert main(["hf-to-jax", str(ours), str(dst), "--debug"]) == 2 and "Traceback" in capsys.readouterr().err
     assert "'big' is not a size such as" in fails(capsys, "jax-to-hf", ours, dst, "--max-shard-size", "big")
     assert "unrecognized arguments: --dry" in fails(capsys, "jax-to-hf", ours, dst, "--dry")
     assert "required" in fails(capsys, "hf-to-jax", source)
@@ -451,6 +452,39 @@ def test_resume_needs_the_same_source_and_options(converted, tmp_path, capsys):
     assert "another source" in fails(capsys, "hf-to-jax", tmp_path / "other", tmp_path / "ours", "--resume")
 
 
+@pytest.mark.parametrize("line", [b"3", b"[]", b"\xff", b"{}", b"[" * 100_000, b'{"unit": [], "crc": 1}'], ids=range(6))
+def test_a_damaged_journal(tmp_path, line):
+    """What it does not say is written again; without a first line, nothing is known of what is there."""
+    work = store.Work(tmp_path / "ours", "a", resume=False)
+    with work:
+        work.note("00000", {"crc": {"x": 1}})
+        good = work.journal.read_bytes()
+        work.journal.write_bytes(good + line + b"\n")
+    with store.Work(tmp_path / "ours", "a", resume=True) as again:
+        assert list(again.done) == ["00000"] and again.journal.read_bytes() == good
+        again.journal.write_bytes(line + b"\n" + good)
+    with pytest.raises(UserError, match="was begun from another source"):
+        store.Work(tmp_path / "ours", "a", resume=True)
+    assert not transfer._intact(work, "00000", [], 3)
+
+
+def test_an_output_has_one_run(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    with store.Work(tmp_path / "ours", "a", resume=False) as work:
+        for resume in (False, True):
+            with pytest.raises(UserError, match="ours.incomplete is in use by another run"):
+                store.Work(tmp_path / "ours", "a", resume)
+        work.finish(tmp_path / "source", "{}", {})
+    with pytest.raises(UserError, match="already exists"):  # had looked before the first one ended
+        store.Work(tmp_path / "ours", "a", resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "source"]
+    for ended in (lambda *_: (tmp_path / "ours").rename(tmp_path / "theirs"), lambda *_: (tmp_path / "ours").rmdir()):
+        monkeypatch.setattr(store.fcntl, "flock", ended)
+        with pytest.raises(UserError, match="in use by another run"), store.claimed(tmp_path / "ours"):
+            pass
+        (tmp_path / "ours").mkdir()
+
+
 @pytest.mark.parametrize("direction", ["hf-to-jax", "jax-to-hf"])
 def test_full_disk(converted, tmp_path, capsys, direction):
     source, ours, _ = converted
@@ -480,6 +514,35 @@ def test_a_place_that_cannot_be_written(converted, tmp_path, capsys):
     (tmp_path / "file").touch()
     for command in (["hf-to-jax", source], ["jax-to-hf", ours]):
         assert fails(capsys, *command, tmp_path / "file" / "x") == f"{tmp_path}/file/x cannot be written: Not a directory"
+
+
+def test_an_interrupted_group_is_written_whole(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    original = ocp.PyTreeCheckpointer.save
+
+    def save(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", save)
+    array, out = np.arange(6, dtype=np.float32), np.empty(6, np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_group(tmp_path, "00000", {"a": array})
+    store.Arrays(tmp_path).read_into("00000", "a", (6,), (0,), out)
+    np.testing.assert_array_equal(out, array)
+
+
+def test_closed_streams(converted):
+    source, _, _ = converted
+    command = [sys.executable, "-m", "convert", "inspect", str(source)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    os.close(write)
+    assert (done.stderr, done.returncode) == (b"", 141)
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert (done.stderr, done.returncode) == (b"", 0)
 
 
 @pytest.mark.parametrize(

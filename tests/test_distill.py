@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -342,6 +343,50 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     assert work.latest() == 1 and [row["step"] for row in work.rows(1)] == [1]
 
 
+def test_a_save_is_not_interrupted_and_begins_with_the_table(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    from ic_jax import distill_files
+
+    row = dict(zip(distill_files.COLUMNS, (1, "warmup", 0.5, 1.5, None, 2.0), strict=True))
+    work, original = distill_files.Work(tmp_path / "out", {}, resume=False), ocp.StandardCheckpointer.save
+
+    def save(*args, **kwargs):
+        assert work.rows(1) == [row]  # a kill here would lose nothing
+        signal.raise_signal(signal.SIGINT)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        work.save(1, {"a": jnp.ones(3)}, [row])
+    assert work.latest() == 1
+
+
+def test_an_output_has_one_run_and_damaged_files_are_said(tmp_path, monkeypatch):
+    from ic_jax import distill_files
+
+    with monkeypatch.context() as patched:
+        claimed = distill_files.store.claimed
+        patched.setattr(distill_files.store, "claimed", lambda path: (tmp_path / "late").mkdir() or claimed(path))
+        with pytest.raises(UserError, match="late already exists"):  # another run ended after this one had looked
+            distill_files.Work(tmp_path / "late", {}, resume=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["late"]
+    begin = functools.partial(distill_files.Work, tmp_path / "out", {"seed": 1})
+    with begin(resume=False) as work:
+        for resume in (False, True):
+            with pytest.raises(UserError, match="out.incomplete is in use by another run"):
+                begin(resume=resume)
+    header = ",".join(distill_files.COLUMNS) + "\n"
+    for table in (header + "1,warmup,x,1,1,1\n", header + ",,,,,\n", header + "1,1,1,1,1,1,1\n", "a,b\n1,2\n", "\xff"):
+        (work.directory / distill_files.TABLE).write_bytes(table.encode("latin-1"))
+        with pytest.raises(UserError, match="losses.csv is damaged .* delete it to go on"):
+            work.rows(9)
+    for content, message in (("[]", "does not hold"), ("{", "cannot be read"), ("[" * 100_000, "nested too deeply")):
+        (work.directory / distill_files.SETTINGS).write_text(content)
+        with pytest.raises(UserError, match=f"distill.json {message}|distill.json .*{message}"):
+            begin(resume=True)
+
+
 # The command. --------------------------------------------------------------------------------------------------------
 def test_command_makes_a_checkpoint_that_loads_as_it_is(tmp_path, capsys):
     source = small.directory(tmp_path)
@@ -371,6 +416,9 @@ def test_command_makes_a_checkpoint_that_loads_as_it_is(tmp_path, capsys):
         ({"--model": "glm4_lite_dense"}, "has no indexer"),
         ({"--model": "glm_indexer_types", "--pattern": "all-full"}, "this checkpoint has indexer weights only"),
         ({"--seq-len": "16"}, "within top-k 16"),
+        ({"--seed": "-1"}, "--seed: must be an integer >= 0, not '-1'"),
+        ({"--batch": "1000000000"}, "--batch 1000000000 is more than the 4 sequences of 24 tokens in the text"),
+        ({"--steps": "1"}, "--steps 1 are too few for both stages"),
         ({"--accumulate": "3"}, "--batch 4 does not divide into --accumulate 3"),
         ({"--mesh": "tensor=2"}, "sharded over data only"),
         ({"--lr": "1e-3"}, "--lr takes one rate for one stage, and two for both"),
@@ -390,3 +438,12 @@ def test_mistakes_are_one_line(changes, message, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("error: ") and message in error[-1]
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_of_the_hub_has_its_repositorys_name(tmp_path, capsys, monkeypatch):
+    directory = small.directory(tmp_path)
+    monkeypatch.setattr(checkpoint, "find", lambda *args, **kwargs: directory)
+    pattern_file.write(tmp_path / "p.json", FSFS, GLM, "GLM-5")
+    (tmp_path / "text").write_text("w3")
+    flags = f"--model zai-org/GLM-5 --pattern {tmp_path}/p.json --text {tmp_path}/text --steps 2 --out {tmp_path}/out"
+    assert distill.main(flags.split()) == 2 and "the text has 1 tokens" in capsys.readouterr().err

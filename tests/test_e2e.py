@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import e2e
 import e2e_report
 import saturation
 import scopes
@@ -132,3 +133,10 @@ def test_report(tmp_path, capsys):
     other = json.loads((tmp_path / "crossover-alike.json").read_text()) | dict(about=ABOUT | dict(seed=1))
     (tmp_path / "crossover-alike.json").write_text(json.dumps(other))
     assert e2e_report.write(tmp_path) == 2 and "differ in device, versions, seed or preset" in capsys.readouterr().err
+
+
+def test_an_unknown_preset_is_a_mistake(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["e2e.py", "--preset", "nope", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        e2e.main()
+    assert "--preset: invalid choice: 'nope'" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -86,6 +86,17 @@ def test_patterns_change_the_result_and_dense_runs_no_indexer(lm, prompt):
         np.testing.assert_allclose(other[: lm.config.index_topk], full[: lm.config.index_topk], atol=2e-3)
 
 
+def test_weights_that_are_not_finite_are_said(lm, prompt, monkeypatch):
+    params = lm.engine.params
+    monkeypatch.setattr(lm.engine, "params", params | {"norm": params["norm"].at[0].set(np.nan)})
+    with pytest.raises(UserError, match="the logits of the prompt are not finite: most likely weights .* eval audit"):
+        list(lm.stream(prompt, max_tokens=2))
+
+
+def test_any_number_of_tokens_may_be_asked_for(lm, prompt):
+    assert tokens(lm, prompt, max_tokens=10**23, stop_token_ids=range(lm.config.vocab_size)) != []
+
+
 def test_end_of_text_token_ends_the_stream(lm, prompt, monkeypatch):
     greedy = tokens(lm, prompt, max_tokens=6, ignore_eos=True)
     monkeypatch.setattr(lm, "eos_ids", frozenset({greedy[3]}))

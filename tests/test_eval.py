@@ -62,6 +62,7 @@ def test_windows_predict_every_token_once(lm):
         calibration.windows(tokens, 16, 0)
     parts = list(calibration.batches(rows, 3))
     assert [n for _, n in parts] == [3, 1] and parts[1][0].shape == (3, 17)
+    assert calibration.batch_size(16, 4, 10**24) == calibration.batch_size(16, 4) == 4
     assert calibration.fingerprint(rows) != calibration.fingerprint(rows.reshape(2, 34))
 
 
@@ -111,6 +112,11 @@ def test_a_loss_that_is_no_number_is_said(lm, ids):
     try:
         with pytest.raises(UserError, match="the loss of all-full is not a number on sequence 0"):
             eval_measures.perplexity(lm, ids, {"all-full": lm.pattern}, batch=2)
+        options = dict(lengths=[100], depths=[0.0], keys=[1], trials=1)
+        with pytest.raises(UserError, match="the logits of all-full on prompts of 100 tokens are not finite"):
+            eval_measures.recall(lm, {"all-full": lm.pattern}, **options)
+        with pytest.raises(UserError, match="the logits of a request are not finite"):
+            lm_eval_adapter.score(lm, [3, 4], [5])
     finally:
         lm.engine.params = params
 
@@ -230,14 +236,15 @@ def test_recall_counts_answers_that_are_all_likeliest(lm, monkeypatch):
 def flags(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(small.text(3 * SEQ_LEN + 20))
+    (tmp_path / "empty").touch()
     shape = ["--text", "text", "--seq-len", str(SEQ_LEN), "--dtype", "float32"]
     return lambda what, *more: [what, "--model", str(model), *(shape if what != "needle" else []), *more]
 
 
 def test_commands(flags, capsys, ids, lm):
-    assert evaluation.main(flags("perplexity", "--index-pattern", "FSSF", "--batch", "2")) == 0
+    assert evaluation.main(flags("perplexity", "--index-pattern", "FSSF", "--batch", str(10**24))) == 0
     first, second = capsys.readouterr().out.splitlines()
-    (want,) = eval_measures.perplexity(lm, ids, {"x": Pattern("FSSF")}, batch=2)
+    (want,) = eval_measures.perplexity(lm, ids, {"x": Pattern("FSSF")}, batch=10**24)
     assert first.startswith("ppl: [1]") and first.endswith(f"PPL = {want['ppl']:.4f} +/- {want['ppl_error']:.4f}")
     assert second.startswith(f"vs all-full: dPPL {want['dppl']:+.4f} · mean KL {want['kl']:.4f} · same top-1 ")
     assert evaluation.main(flags("perplexity", "--batch", "2", "--patterns", "all-full,uniform:2,FSSS,dense")) == 0
@@ -246,7 +253,7 @@ def test_commands(flags, capsys, ids, lm):
     assert evaluation.main(flags("perplexity", "--batch", "2", "--json", "-q")) == 0
     (only,) = json.loads(capsys.readouterr().out)["results"]
     assert only["name"] == "as shipped" and only["pattern"] == "FFFF" and only["dppl"] == 0
-    assert evaluation.main(flags("overlap", "--out", "o.csv", "--batch", "2")) == 0
+    assert evaluation.main(flags("overlap", "--out", "o.csv", "--batch", str(10**24))) == 0
     rows = list(csv.reader(open_text("o.csv").splitlines()))
     matrix = eval_measures.overlap(lm, ids, batch=2)[1]
     np.testing.assert_allclose(np.array([r[1:] for r in rows[1:]], float), matrix, atol=1e-4)
@@ -279,13 +286,19 @@ def test_heat_map(tmp_path):
         (("perplexity", "--patterns", "FFF"), "--index-pattern has 3 characters, the model has 4 layers"),
         (("perplexity", "--patterns", "none.json"), "pattern file none.json cannot be read"),
         (("overlap", "--out", "o.png"), "--out o.png: give a .csv file"),
+        (("overlap", "--out", "/proc/o.csv"), "/proc cannot be written"),
         (("audit", "--dense"), "--dense runs no indexer"),
         (("needle", "--lengths", "2000"), "--lengths 2000: the context holds 1024"),
         (("needle", "--lengths", "20", "--depths", "0"), "a prompt of 20 tokens is too short"),
+        (("needle", "--seed", "-1"), "--seed: must be an integer >= 0, not '-1'"),
+        (("needle", "--text", "empty"), "--text has no tokens to hide the facts in"),
+        (("needle", "--text", ""), "cannot be read"),
         (("needle", "--depths", "x"), "invalid list of float value: 'x'"),
     ],
 )
-def test_mistakes_are_one_line(flags, capsys, arguments, message):
+def test_mistakes_are_one_line(flags, capsys, monkeypatch, arguments, message):
+    if arguments[0] == "overlap":
+        monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))
     assert evaluation.main(flags(*arguments)) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and message in err

@@ -99,7 +99,7 @@ def test_the_least_mesh_that_fits_is_named(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "glm-6"], "glm-6 has no config.json"),
+        (["--model", "glm-6"], "--model glm-6 is no directory, and no preset: glm-5, glm-5.2, deepseek-v3.2"),
         (["--model", "glm-5.2", "--mesh", "tensor=6"], "tensor=6 does not divide 64 attention heads; valid: 1,2,4,8,16"),
         (["--model", "glm-5", "--context", "300000"], "--context 300000 is more than the model's 202752 positions"),
         (["--index-pattern", "FS"], "has 2 characters, the model has 16 layers"),

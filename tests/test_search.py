@@ -55,7 +55,7 @@ def test_greedy_equals_exhaustive_evaluation_of_each_step(lm, result):
     assert min(spread) > 1e-4  # the choice was a choice, far above rounding
 
 
-@pytest.mark.parametrize("options", [dict(together=2), dict(batch=1, together=2)])
+@pytest.mark.parametrize("options", [dict(together=2), dict(batch=1, together=2), dict(batch=10**24)])
 def test_batching_changes_no_loss(lm, result, options):
     other = run(lm, **options)
     assert other.pattern == result.pattern
@@ -123,12 +123,28 @@ def test_a_log_of_something_else_is_refused(lm, tmp_path):
         run(lm, log=log, keep=6)
     with pytest.raises(UserError, match="was made with sequences 3, now it is 2"):
         run(lm, log=log, keep=6, samples=2, resume=True)
-    log.write_bytes(log.read_bytes() + b"{}\n{}\n")
-    with pytest.raises(UserError, match=r"line 4 is damaged"):
-        run(lm, log=log, keep=6, resume=True)
-    log.write_bytes(b"nonsense\n")
-    with pytest.raises(UserError, match="cannot be read as the log of a search"):
-        run(lm, log=log, keep=6, resume=True)
+    good = log.read_bytes()
+    header, entry = (json.loads(line) for line in good.splitlines()[:2])
+    deep = b"[" * 100_000
+    lines = [{}, [], 3, *(entry | change for change in (dict(loss=["x"]), dict(loss="12"), dict(loss=[]), dict(batch=[])))]
+    for line in [deep, b"\xff", *(json.dumps(line).encode() for line in lines)]:
+        log.write_bytes(good + line + b"\n{}\n")
+        with pytest.raises(UserError, match=r"line 4 is damaged"):
+            run(lm, log=log, keep=6, resume=True)
+    headers = [[], 3, header | dict(together="x"), header | dict(together=0)]
+    for line in [b"nonsense", b"\xff", deep, *(json.dumps(line).encode() for line in headers)]:
+        log.write_bytes(line + b"\n")
+        with pytest.raises(UserError, match="the log of a search .* (cannot be read|does not hold|is damaged)"):
+            run(lm, log=log, keep=6, resume=True)
+
+
+def test_a_log_has_one_search(lm, tmp_path):
+    log = tmp_path / "log.jsonl"
+    with Log({}, log):
+        for resume in (False, True):
+            with pytest.raises(UserError, match="log.jsonl is in use by another run"):
+                run(lm, log=log, resume=resume)
+    Log({}, log, resume=True)
 
 
 def test_a_loss_that_is_no_number_stops_the_search_and_keeps_the_log(lm, tmp_path):
@@ -282,10 +298,25 @@ def test_pattern_files(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             call()
-    for content in ("{", "[]", '{"pattern": "FS"}'):
+    damaged = {"{": "cannot be read", "[" * 100_000: "nested too deeply", "[]": "does not hold", "{}": "is not a pattern"}
+    for content, message in damaged.items():
         path.write_text(content)
-        with pytest.raises(UserError, match="is not JSON" if content == "{" else "is not a pattern file"):
+        with pytest.raises(UserError, match=message):
             pattern_file.read(path, config)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (None, "demo"),
+        ("zai-org/GLM-5", "GLM-5"),
+        ("models/tiny/", "tiny"),
+        ("models/tiny/.", "tiny"),
+        ("/cache/hub/models--zai-org--GLM-5/snapshots/0123abcd", "GLM-5"),
+    ],
+)
+def test_model_names(path, name):
+    assert pattern_file.model_name(path) == name
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
@@ -321,8 +352,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         ([], "there is no text; give one with --text FILE"),
         (["--dense"], "--dense runs no indexer"),
         (["--out", "no/p.json"], "no does not exist"),
-        (["--out", "p.jsonl"], "the log of the search takes this name"),
-        (["--keep", "x"], "--keep: invalid"),
+        (["--out", "p.jsonl"], "give a name that ends in .json"),
+        (["--out", "/proc/p.json"], "/proc cannot be written"),
+        (["--out", "p"], "--out p: give a name that ends in .json"),
+        (["--keep", "x"], "--keep: must be a finite number, not 'x'"),
+        (["--max-loss-increase", "nan"], "--max-loss-increase: must be a finite number, not 'nan'"),
+        (["--max-loss-increase", "inf"], "--max-loss-increase: must be a finite number, not 'inf'"),
         (["--index-pattern", "FS"], "--index-pattern has 2 characters, the model has 4 layers"),
     ],
 )

@@ -116,6 +116,12 @@ def test_one_seed_leaves_everything_open(tmp_path):
     assert {c["verdict"] for c in found.values()} == {OPEN}
 
 
+def test_data_is_looked_for_before_any_part_begins(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        study.main(["--data", "nope", "--out", str(tmp_path / "out")])
+    assert "error: --data nope has no text.npy" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_report_of_the_parts_there_are(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert report.write(tmp_path) == 2 and "holds no parts" in capsys.readouterr().err

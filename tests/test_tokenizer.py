@@ -214,6 +214,9 @@ def test_unreadable_files_are_named(tmp_path):
         (tmp_path / f"{name}.json").write_text("{")
         with pytest.raises(UserError, match=f"{name}.json cannot be read"):
             Tokenizer(tmp_path)
+        (tmp_path / f"{name}.json").write_text("[" * 100_000)
+        with pytest.raises(UserError, match=f"{name}.json cannot be read: it is nested too deeply"):
+            Tokenizer(tmp_path)
         (tmp_path / f"{name}.json").write_text("[]")
         with pytest.raises(UserError, match=f"{name}.json does not hold"):
             Tokenizer(tmp_path)
@@ -301,6 +304,8 @@ def test_named_templates_and_files(tmp_path):
     assert t.apply_chat_template(HELLO, template="rag") == "documents"
     with pytest.raises(UserError, match="chat_template must"):
         save(tmp_path, template=[3])
+    with pytest.raises(UserError, match="must list objects with texts name and template"):
+        save(tmp_path, template=[dict(name=["default"], template="x")])
     with pytest.raises(UserError, match="chat_template must"):
         save(tmp_path, template=3)
 
