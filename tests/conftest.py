@@ -1,8 +1,10 @@
 """Shared fixtures. Tests run on a CPU with 8 simulated devices; 2 would do for one-device work, 8 serve the mesh tests."""
 
 import os
+import signal
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with Ctrl-C ignored
 
 from pathlib import Path
 
