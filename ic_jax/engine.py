@@ -396,7 +396,7 @@ def load(
 def default_chunk(sizes: dict[str, int]) -> int:
     """Prompt tokens of one step on a mesh of these axes: as many for each device that has a part of them."""
     backend = jax.default_backend()
-    return CHUNK[backend] * (1 if backend == "cpu" else Parallel(**sizes).parts)
+    return CHUNK.get(backend, 4096) * (1 if backend == "cpu" else Parallel(**sizes).parts)
 
 
 def _check_memory(tokens: int, bytes_per_token: int, free: int | None) -> None:
