@@ -41,7 +41,7 @@ class Steps:
     ):  # fmt: skip
         self.engine, self.config, self.layers, self.batch = engine, engine.config, layers, batch
         self.seed, self.static, self.room, self.profiled = seed, static, room, profiled
-        self.compile_seconds, self.cache, self.ids_BT = 0.0, None, np.zeros((batch, 0), np.int32)
+        self.compile_seconds, self.cache, self.ids_BT = 0.0, None, None
         self.programs: dict[tuple, jax.stages.Compiled] = {}
         self.latest: dict[tuple, jax.stages.Compiled] = {}
 

@@ -245,6 +245,11 @@ ERRORS = [
 ]
 
 
+def test_a_batch_beyond_all_memory(steps):
+    with pytest.raises(UserError, match="GB of cache"):
+        Steps(steps.engine, (0,), batch=10**23).reserve(64)
+
+
 @pytest.mark.parametrize(("argv", "message"), ERRORS, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "")
 def test_errors_are_one_line_before_weights(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load", lambda *args: pytest.fail("weights were loaded"))
