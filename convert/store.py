@@ -10,7 +10,6 @@ An entry larger than a piece is cut along its first axis. MTP tensors are entrie
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -26,6 +25,11 @@ from ic_jax import interrupts, json_file
 from ic_jax.errors import UserError
 
 from .safetensors import DTYPES, INDEX, NAMES, Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MANIFEST = "ic_jax.json"
 # A conversion works in NAME.incomplete beside its destination; while the journal is in there, it is not finished.
@@ -191,6 +195,9 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Within it, the file or directory ``path`` belongs to this run; UserError when it belongs to another one."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -205,18 +212,17 @@ def claimed(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class Work:
-    """The directory that a conversion works in, and the journal of its finished units; use as a context manager."""
+class Owner:
+    """What has a file or directory for itself; use as a context manager."""
 
-    def __init__(self, destination: Path, fingerprint: str, resume: bool):
-        self.destination = destination = destination.absolute()
-        self.directory = destination.with_name(destination.name + INCOMPLETE)
-        self.journal = self.directory / JOURNAL
-        self.done: dict[str, dict] = {}
-        self.directory.mkdir(parents=True, exist_ok=True)
+    _claim = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def claim(self, path: Path) -> Iterator[None]:
+        """``claimed``, and beyond the end of this block to that of the object's own, unless something is raised here."""
         with contextlib.ExitStack() as claim:
-            claim.enter_context(claimed(self.directory))
-            self._begin(fingerprint, resume)
+            claim.enter_context(claimed(path))
+            yield
             self._claim = claim.pop_all()
 
     def __enter__(self):
@@ -224,6 +230,19 @@ class Work:
 
     def __exit__(self, *_):
         self._claim.close()
+
+
+class Work(Owner):
+    """The directory that a conversion works in, and the journal of its finished units."""
+
+    def __init__(self, destination: Path, fingerprint: str, resume: bool):
+        self.destination = destination = destination.absolute()
+        self.directory = destination.with_name(destination.name + INCOMPLETE)
+        self.journal = self.directory / JOURNAL
+        self.done: dict[str, dict] = {}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self.claim(self.directory):
+            self._begin(fingerprint, resume)
 
     def _begin(self, fingerprint: str, resume: bool) -> None:
         fresh = not self.journal.exists() and not (self.directory / "config.json").exists()

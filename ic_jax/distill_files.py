@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -55,11 +54,11 @@ def one_line(write):
     return guarded
 
 
-class Work:
+class Work(store.Owner):
     """The directory a distillation works in. ``about``: what a resumed run must have in common with it.
 
     Raises UserError when the destination, an unfinished run or another run is in the way, or it was begun with other
-    settings. Use as a context manager.
+    settings.
     """
 
     def __init__(self, destination: Path, about: dict, resume: bool):
@@ -78,21 +77,13 @@ class Work:
             aside.mkdir()
             store.write_text(aside / SETTINGS, json.dumps(about, indent=1) + "\n")
             os.replace(aside, self.directory)
-        with contextlib.ExitStack() as claim:
-            claim.enter_context(store.claimed(self.directory))
+        with self.claim(self.directory):
             if self.destination.exists():  # another run has just ended
                 if fresh:
                     shutil.rmtree(self.directory)
                 raise UserError(f"{destination} already exists; give another --out")
             if not fresh:
                 self._continue(about, resume)
-            self._claim = claim.pop_all()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._claim.close()
 
     def _continue(self, about: dict, resume: bool) -> None:
         if not resume:

@@ -5,7 +5,6 @@ A candidate restarts from the state that enters its layer. Flow: search -> Evalu
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -28,36 +27,29 @@ from .search_methods import flip
 Report = Callable[[int, int, str], None]
 
 
-class Log:
+class Log(store.Owner):
     """Losses by (pattern letters, mini-batch): in memory, and as lines of JSON in a file when ``path`` is given.
 
     The first line, the header, says what the losses depend on. Lines are appended whole and synced; a line torn by a
     kill is cut off on resuming. Raises UserError when the file exists and ``resume`` is not given, when its header
-    is another one, when it is damaged, or when another run has it; use as a context manager.
+    is another one, when it is damaged, or when another run has it.
     """
 
     def __init__(self, header: dict, path: Path | None = None, resume: bool = False):
-        self.path, self.losses, self._claim = path, {}, contextlib.ExitStack()
+        self.path, self.losses = path, {}
         if path is None:
             return
-        with contextlib.ExitStack() as claim:
-            if cli.is_first_process():
-                earlier = path.exists()
-                try:
-                    path.touch()
-                    claim.enter_context(store.claimed(path))
-                except OSError as e:
-                    raise UserError(f"{path} cannot be written: {e.strerror or e}") from None
-                if earlier and not resume:
-                    raise UserError(f"{path} is the log of an earlier search; continue it with --resume, or delete it")
+        if not cli.is_first_process():
+            return self._begin(header)
+        earlier = path.exists()
+        try:
+            path.touch()
+        except OSError as e:
+            raise UserError(f"{path} cannot be written: {e.strerror or e}") from None
+        with self.claim(path):
+            if earlier and not resume:
+                raise UserError(f"{path} is the log of an earlier search; continue it with --resume, or delete it")
             self._begin(header)
-            self._claim = claim.pop_all()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._claim.close()
 
     def _begin(self, header: dict) -> None:
         old, path = read_header(self.path), self.path

@@ -483,6 +483,10 @@ def test_an_output_has_one_run(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="in use by another run"), store.claimed(tmp_path / "ours"):
             pass
         (tmp_path / "ours").mkdir()
+    monkeypatch.setattr(store, "fcntl", None)  # Windows: unguarded, and a directory cannot be opened
+    monkeypatch.setattr(store.os, "open", lambda *_: pytest.fail("opened"))
+    with store.claimed(tmp_path / "ours"), store.claimed(tmp_path / "ours"):
+        pass
 
 
 @pytest.mark.parametrize("direction", ["hf-to-jax", "jax-to-hf"])
