@@ -176,12 +176,11 @@ def about(args) -> dict:
     """What every part says of itself; parts that differ in it do not go into one report."""
     import jax
 
-    from ic_jax import info
+    from ic_jax import engine, info, sharding
 
-    device = jax.devices()[0].device_kind
-    shape = dict(preset=args.preset, layers=args.layers, seed=args.seed, mesh=args.mesh)
-    shape |= dict(prefill_chunk=args.prefill_chunk) if args.prefill_chunk else {}
-    return shape | dict(device=device, versions=info.versions())
+    chunk = args.prefill_chunk or engine.default_chunk(sharding.parse_mesh(args.mesh) if args.mesh else {})
+    shape = dict(preset=args.preset, layers=args.layers, seed=args.seed, mesh=args.mesh, prefill_chunk=chunk)
+    return shape | dict(device=jax.devices()[0].device_kind, versions=info.versions())
 
 
 def run_kind(args, kind: str) -> bool:

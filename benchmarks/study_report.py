@@ -147,15 +147,16 @@ def write(out: Path) -> int:
     if not parts:
         print(f"error: {out} holds no parts yet", file=sys.stderr)
         return 2
+    devices = {p["about"].pop("device"): None for p in parts}
     about = parts[0]["about"]
     if any(p["about"] != about for p in parts):
-        print(f"error: the parts in {out} differ in device, versions, model or sizes", file=sys.stderr)
+        print(f"error: the parts in {out} differ in versions, model or sizes", file=sys.stderr)
         return 2
     found, s = claims(rows, searches), about["sizes"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     tokens = f"{rows[0]['tokens']:,} held-out tokens" if rows else "held-out tokens"
     lines = [
-        f"# Which layers to keep, {about['layers']} layers, {about['device']}", "",
+        f"# Which layers to keep, {about['layers']} layers, {' and '.join(devices)}", "",
         f"`python benchmarks/study.py`; {versions}; weights {about['weights']}, top-k {about['topk']}. Search: "
         f"{s['samples']} sequences of {s['seq_len']} tokens of the demo's training corpus, a quarter of them recall "
         f"tasks; another sample for every seed. Training: {s['warmup_steps']} warm-up and "
@@ -178,7 +179,7 @@ def write(out: Path) -> int:
     ]
     for title, body in tables:
         lines += [f"## {title}", "", cli.table(list(body[0]), [list(r.values()) for r in body]), ""] if body else []
-    lines += ["```json", json.dumps(dict(about=about, claims=found)), "```", ""]
+    lines += ["```json", json.dumps(dict(about=about | dict(devices=list(devices)), claims=found)), "```", ""]
     from convert.store import write_text
 
     write_text(out / "study.csv", _csv(rows))

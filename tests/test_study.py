@@ -134,6 +134,9 @@ def test_report_of_the_parts_there_are(tmp_path, capsys):
     with open(tmp_path / "study.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 + 6 + 6 and {r["seed"] for r in rows} == {"", "0", "1", "2"}
+    made["free-0"]["about"] = ABOUT | dict(device="another chip")  # a study may go on elsewhere, and says so
+    written(tmp_path, made)
+    assert report.write(tmp_path) == 0 and "another chip" in (tmp_path / "study.md").read_text()
     made["free-0"]["about"] = ABOUT | dict(weights="other")
     written(tmp_path, made)
     assert report.write(tmp_path) == 2 and "differ" in capsys.readouterr().err
