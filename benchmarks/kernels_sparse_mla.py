@@ -14,7 +14,7 @@ from kernel_cases import Check, Timing, Work, repeated
 from pallas_kernels import reference, row_groups_gpu, row_plan, sparse_mla_bwd_gpu, sparse_mla_gpu, sparse_mla_grouped_gpu
 
 SCALE = 576**-0.5
-QUERIES, SELECTED, TOKENS, PAGE = 4096, 2048, 65536, 256
+QUERIES, SELECTED, TOKENS, LONG, PAGE = 4096, 2048, 65536, 200704, 256
 TARGETS = {  # of prefill by heads: (peers, to reach), microseconds
     64: (((2210, "FlashMLA"),), (2210,)),  # 529 TFLOP/s
     128: (((4250, "TileLang"), (4270, "FlashMLA")), (4270,)),
@@ -80,7 +80,7 @@ def mapped(q, pool, layer, rows):
 
 def build(rows, heads, make=row_plan.sort_groups):
     """The groups of rows [B, S, K], positions and pool rows alike."""
-    table = jnp.broadcast_to(jnp.arange(TOKENS // PAGE, dtype=jnp.int32), (rows.shape[0], TOKENS // PAGE))
+    table = jnp.broadcast_to(jnp.arange(LONG // PAGE, dtype=jnp.int32), (rows.shape[0], LONG // PAGE))
     return make(rows, table, row_plan.group_size(heads), page_size=PAGE)
 
 
@@ -181,8 +181,8 @@ def work(queries, heads):
     return dict(flops=2 * queries * SELECTED * heads * 1088, moved=queries * SELECTED * 1152)
 
 
-def forward(H, lists):
-    q, pool, layer, rows, _ = inputs(1, QUERIES, H, SELECTED, 1, TOKENS)(jax.random.key(H))
+def forward(H, lists, tokens=TOKENS):
+    q, pool, layer, rows, _ = inputs(1, QUERIES, H, SELECTED, 1, tokens)(jax.random.key(H))
     return Work(plain, (q, pool, layer, lists_of(lists, rows)), **work(QUERIES, H))
 
 
@@ -190,20 +190,15 @@ def plan(maker):
     return Work(functools.partial(build, heads=20, make=GROUP_MAKERS[maker]), (jnp.asarray(neighbours()),))
 
 
-def by_groups(lists, decided=False):
-    """The grouped kernel, or what the device decides on: that or the lists one by one."""
-    q, pool, layer, rows, _ = inputs(1, QUERIES, 20, SELECTED, 1, TOKENS)(jax.random.key(21))
-    rows = lists_of(lists, rows)
-    groups = jax.jit(functools.partial(build, heads=20))(rows)
-    note = f"union of 3 lists {float(groups.count_G.mean()):.0f} rows, groups {'' if groups.cheaper else 'not '}cheaper"
-    if decided:
-        either = lambda q, pool, layer, rows, groups: plain(q, pool, layer, rows, groups=groups)
-        return Work(either, (q, pool, layer, rows, groups), note=note)
+def by_groups(lists, tokens=TOKENS):
+    q, pool, layer, rows, _ = inputs(1, QUERIES, 20, SELECTED, 1, tokens)(jax.random.key(21))
+    groups = jax.jit(functools.partial(build, heads=20))(lists_of(lists, rows))
+    note = f"union of 3 lists {float(groups.count_G.mean()):.0f} rows"
     return Work(grouped_of, (q, pool, layer, groups), note=note, **work(QUERIES, 20))
 
 
 def decode(B):
-    q, pool, layer, rows, _ = inputs(B, 1, 20, SELECTED, 1, 200704)(jax.random.key(B))
+    q, pool, layer, rows, _ = inputs(B, 1, 20, SELECTED, 1, LONG)(jax.random.key(B))
     return Work(plain, (q, pool, layer, rows), **work(B, 20))
 
 
@@ -226,13 +221,14 @@ def cases():
         for lists in ("random", "ascending"):
             yield Timing(f"sparse_mla.forward.{H}_heads.{lists}", make(forward, H, lists), *targets)
     yield Timing("sparse_mla.forward.20_heads.neighbours", make(forward, 20, "neighbours"))
+    yield Timing(f"sparse_mla.forward.20_heads.random_of_{LONG}", make(forward, 20, "random", LONG))
     for maker in GROUP_MAKERS:
         yield Timing(f"sparse_mla.plan.{maker}", make(plan, maker))
-    for lists in ("neighbours", "random"):
-        reach = (GROUPED_REACH,) if lists == "neighbours" else ()
-        yield Timing(f"sparse_mla.grouped.{lists}", make(by_groups, lists), TARGETS[20][0], reach)
-        yield Timing(f"sparse_mla.grouped.{lists}.decided", make(by_groups, lists, decided=True))
+    peers, reach = TARGETS[20]
+    yield Timing("sparse_mla.grouped.neighbours", make(by_groups, "neighbours"), peers, (GROUPED_REACH,))
+    yield Timing("sparse_mla.grouped.random", make(by_groups, "random"), peers, reach)
+    yield Timing(f"sparse_mla.grouped.random_of_{LONG}", make(by_groups, "random", LONG))
     for B in (1, 4, 16, 64):
-        yield Timing(f"sparse_mla.decode.{B}x200704", make(decode, B), reach=(DECODE_REACH,) if B == 1 else ())
+        yield Timing(f"sparse_mla.decode.{B}x{LONG}", make(decode, B), reach=(DECODE_REACH,) if B == 1 else ())
     for H in (64, 20):
         yield Timing(f"sparse_mla.backward.{H}_heads.random", make(backward, H), reach=(BACKWARD_REACH,) if H == 64 else ())

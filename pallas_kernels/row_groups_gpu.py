@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .radix_gpu import THREADS, WARPGROUPS, block_scan, sync
-from .row_plan import Groups, decide
+from .row_plan import Groups
 from .words_gpu import Shared, Word, loop, popcount, when
 
 QUAD = 4 * THREADS  # words of a bitmap come in multiples of it: a thread owns whole quads of neighbours
@@ -154,4 +154,4 @@ def bitmap_groups(positions_BSK, page_table_BP, g: int, *, page_size: int) -> Gr
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
     )
     rows_GU, owners_GU, count_G = kernel(positions_BSK.reshape(B * S, wide), page_table_BP.astype(jnp.int32))
-    return decide(rows_GU[:, : g * K], owners_GU[:, : g * K], count_G, (B, S, K))
+    return Groups(rows_GU[:, : g * K], owners_GU[:, : g * K], count_G)

@@ -13,23 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Nanoseconds for one row of a union and for one row of a list (benchmarks/results/kernels_sparse_mla_h200.md: 892 us for
-# 1,366 unions of 2,657 rows, 1,935 us for 4,096 lists of 2,048). Both kernels are bound by gathering.
-UNION_ROW, LIST_ROW = 0.246, 0.231
-SMS = 132  # blocks that ran at once: fewer groups leave some idle, fewer lists are split among them
-
 
 class Groups(NamedTuple):
     """Groups of g consecutive queries of one sequence, [G] = B * ceil(S / g) of them, [U] = g * K.
 
     rows_GU: int32 pool rows of the union in ascending position, -1 from count_G on. owners_GU: int32, bit s for query s
-    of the group, 0 from count_G on. cheaper: bool scalar, whether attention over the groups beats the lists one by one.
+    of the group, 0 from count_G on.
     """
 
     rows_GU: jax.Array
     owners_GU: jax.Array
     count_G: jax.Array
-    cheaper: jax.Array
 
 
 class RowPlan(NamedTuple):
@@ -61,13 +55,6 @@ def by_group(positions_BSK, g: int):
     return padded.reshape(B * n, g, K)
 
 
-def decide(rows_GU, owners_GU, count_G, shape) -> Groups:
-    """The Groups, with the measured costs' verdict on lists of ``shape`` [B, S, K]."""
-    B, S, K = shape
-    union_rows = count_G.mean(dtype=jnp.float32) * max(count_G.shape[0], SMS)
-    return Groups(rows_GU, owners_GU, count_G, union_rows * UNION_ROW < B * S * K * LIST_ROW)
-
-
 def sort_groups(positions_BSK, page_table_BP, g: int, *, page_size: int) -> Groups:
     """The Groups of g queries each, by one XLA sort. The positions of one query must be distinct; -1 anywhere is none."""
     B, S, K = positions_BSK.shape
@@ -86,7 +73,7 @@ def sort_groups(positions_BSK, page_table_BP, g: int, *, page_size: int) -> Grou
     union_GU = jnp.full_like(at_GU, -1).at[to].set(at_GU, mode="drop", unique_indices=True)
     owners_GU = jnp.zeros_like(at_GU).at[to].set(owners_GU, mode="drop", unique_indices=True)
     rows_GU = physical_rows(page_table_BP, union_GU.reshape(B, -1, g * K), page_size).reshape(G, g * K)
-    return decide(rows_GU, owners_GU, first.sum(1, dtype=jnp.int32), (B, S, K))
+    return Groups(rows_GU, owners_GU, first.sum(1, dtype=jnp.int32))
 
 
 def ungroup(groups: Groups, shape):

@@ -310,7 +310,7 @@ def sparse_mla(q_BSHW, latent_pool_LMW, layer, rows_BSK, *, scale, value_dim=LAT
       rows_BSK: int32 rows of the pool; anything outside [0, M) is no row, anywhere in the list. A query without rows
         gives zeros and lse (natural log) -inf.
       scale: softmax scale. value_dim: 512.
-      groups: row_plan.Groups of the same lists, attended to in their place where that is cheaper; decided on the device.
+      groups: row_plan.Groups of the same lists, attended to in their place.
 
     Differentiable in q and the pool (sparse_mla_bwd_gpu). Raises NotImplementedError for shapes or types it does not
     take. Source: DeepSeek-V2 report, section 2.1 (absorbed).
@@ -326,11 +326,7 @@ def _attend(q_BSHW, latent_pool_LMW, layer, rows_BSK, groups, scale):
         return _one_by_one(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale)
     from .sparse_mla_grouped_gpu import sparse_mla_grouped  # it builds on this file
 
-    return lax.cond(
-        groups.cheaper,
-        lambda: sparse_mla_grouped(q_BSHW, latent_pool_LMW, layer, groups, scale=scale),
-        lambda: _one_by_one(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale),
-    )
+    return sparse_mla_grouped(q_BSHW, latent_pool_LMW, layer, groups, scale=scale)
 
 
 def _one_by_one(q_BSHW, latent_pool_LMW, layer, rows_BSK, scale):

@@ -90,15 +90,6 @@ def test_attention_over_groups_is_exact():
     assert np.abs(run(row_plan.RowPlan(rows, wrong))[0] - want[0]).max() > 1e-2
 
 
-def test_groups_are_cheaper_where_neighbours_share():
-    same = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (1, 600, 8))
-    apart = jnp.arange(600 * 8, dtype=jnp.int32).reshape(1, 600, 8)
-    table = jnp.arange(300, dtype=jnp.int32)[None]
-    for positions, cheaper in ((same, True), (apart, False), (same[:, :140], False), (same[:, :150], True)):
-        # 140 queries in 47 groups would leave most multiprocessors idle for as long as the lists take.
-        assert bool(row_plan.sort_groups(positions, table, 3, page_size=PAGE).cheaper) is cheaper
-
-
 @pytest.mark.parametrize("static", [True, False])
 def test_model_builds_groups_once_a_full_layer_and_gives_the_same(monkeypatch, static):
     """Chunks of 11 tokens of two sequences, beyond top-k, groups of 3: as without groups, to rounding."""
