@@ -116,8 +116,9 @@ def main() -> None:
     }
     steps = spread_steps(n, keep, args.steps)
     for name, options in ways.items():
-        make(**options).candidates(*steps[-1])
-        print(f"{name}: warmed up", file=sys.stderr, flush=True)
+        began, (pattern, layers) = time.perf_counter(), steps[-1]
+        make(**options).candidates(pattern, layers[-max(options.get("together", 1), 2) :])
+        print(f"{name}: warmed up in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in ways}
     losses, passes, tried = {}, {}, sum(len(layers) for _, layers in steps)
     for _ in range(args.repeat):  # the ways in turn, so that drift of the machine meets all of them
