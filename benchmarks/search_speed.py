@@ -117,7 +117,7 @@ def main() -> None:
     steps = spread_steps(n, keep, args.steps)
     for name, options in ways.items():
         began, (pattern, layers) = time.perf_counter(), steps[-1]
-        make(**options).candidates(pattern, layers[-max(options.get("together", 1), 2) :])
+        make(**options).candidates(pattern, layers[-1 - options.get("together", 1) :])
         print(f"{name}: warmed up in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in ways}
     losses, passes, tried = {}, {}, sum(len(layers) for _, layers in steps)
