@@ -58,7 +58,9 @@ class Bench:
                 f"saturated-{t}-{name}": functools.partial(self.saturated, t, p)
                 for t in self.args.tokens for name, p in (("all", self.all), ("quarter", self.quarter))
             },
-            "correct": {f"correct-{w}": functools.partial(self.correct, w) for w in ("natural", "alike")},
+            "correct": {
+                f"correct-{w}-{d}": functools.partial(self.correct, w, d) for w in ("natural", "alike") for d in (FP8, BF16)
+            },
         }[kind]  # fmt: skip
 
     def engine(self, weights: str, tokens: int, index_dtype: str, c=None):
@@ -156,7 +158,7 @@ class Bench:
         found = saturation.decode(engine, pattern, tokens, self.args.generate, self.args.repeats, limit, self.args.seed)
         return dict(weights="alike", ratio=ratio, index_dtype=FP8, tokens=tokens, **found)
 
-    def correct(self, weights: str) -> dict:
+    def correct(self, weights: str, index_dtype: str) -> dict:
         """The kernels that ``auto`` chooses against the reference: selections, logits and tokens of a few layers."""
         import agreement
 
@@ -165,10 +167,8 @@ class Bench:
         n, tokens = min(4, self.config.num_hidden_layers), min(8192, self.args.tokens[-1])
         c = self.config.replace(num_hidden_layers=n, mlp_layer_types=self.config.mlp_layer_types[:n])
         engine, ratio = self.engine(weights, tokens, FP8, c.replace(pattern=Pattern.all_full(n)))
-        rows = [
-            dict(index_dtype=dtype) | agreement.compare(engine, Pattern("FSFS"[:n]), tokens, dtype, self.args.seed)
-            for dtype in (FP8, BF16)
-        ]
+        found = agreement.compare(engine, Pattern("FSFS"[:n]), tokens, index_dtype, self.args.seed)
+        rows = [dict(index_dtype=index_dtype) | found]
         return dict(weights=weights, ratio=ratio, layers=n, tokens=tokens, rows=rows)
 
 

@@ -144,15 +144,17 @@ def _per_token(params, x_BSD, targets_BS, reference, config):
     """
 
     reference_params, reference_BSD = reference or (None, None)
+    # A token at a time is how this is written, not how it runs: a kernel for few rows would read the head for each.
+    head = lambda params, x_D: model.head(params, config, x_D, "reference")
 
     def one(args):
         x_D, target, reference_D = args
-        logits_W = model.head(params, config, x_D)
+        logits_W = head(params, x_D)
         logp_W = jax.nn.log_softmax(logits_W)
         top1 = logits_W.argmax()
         out = {"loss": -logp_W[target], "top1": (top1 == target).astype(jnp.float32)}
         if reference_D is not None:
-            reference_W = jax.nn.log_softmax(model.head(reference_params, config, reference_D))
+            reference_W = jax.nn.log_softmax(head(reference_params, reference_D))
             out["kl"] = (jnp.exp(reference_W) * (reference_W - logp_W)).sum()
             out["same"] = (top1 == reference_W.argmax()).astype(jnp.float32)
         return out

@@ -15,10 +15,11 @@ import pytest
 import small_models as small
 
 import ic_jax
-from ic_jax import calibration, eval_measures, lm_eval_adapter, needle
+from ic_jax import calibration, config, eval_measures, lm_eval_adapter, needle
 from ic_jax import eval as evaluation
 from ic_jax.errors import UserError
 from ic_jax.pattern import Pattern
+from pallas_kernels import dispatch
 
 SEQ_LEN = 48
 
@@ -64,6 +65,18 @@ def test_windows_predict_every_token_once(lm):
     assert [n for _, n in parts] == [3, 1] and parts[1][0].shape == (3, 17)
     assert calibration.batch_size(16, 4, 10**24) == calibration.batch_size(16, 4) == 4
     assert calibration.fingerprint(rows) != calibration.fingerprint(rows.reshape(2, 34))
+
+
+def test_losses_read_the_head_once_for_many_tokens(monkeypatch):
+    """On a Hopper GPU, too: its kernel for one row, mapped over tokens, would read the head for every one of them."""
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.CHIPS["h200"])
+    c = config.preset("glm-4.7-flash-dsa").replace(vocab_size=512, hidden_size=256)
+    shape = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)
+    params = dict(norm=shape(256), lm_head=shape(512, 256))
+    losses = lambda params, x, targets: calibration._per_token(params, x, targets, (params, x), c)
+    text = str(jax.make_jaxpr(losses)(params, shape(1, 6, 256), shape(1, 6, dtype="int32")))
+    assert "dot_general" in text and "layer_matmul" not in text
+
 
 
 def test_perplexity_equals_numpy_on_the_logits(lm, load, ids):
