@@ -73,10 +73,13 @@ class Steps:
         return token_B
 
     def select(self, pattern: Pattern, start: int, stop: int):
-        """What the queries start <= t < stop select, int32 [L,B,S,K], all before ``stop`` being in the cache."""
+        """What the queries start <= t < stop select, int32 [L,B,S,K], and the last one's logits, float32 [B,W].
+
+        All before ``start`` is in the cache.
+        """
         positions_BS = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (self.batch, stop - start))
-        selected_LBSK, self.cache = self._run("select", pattern, self.ids_BT[:, start:stop], positions_BS)
-        return selected_LBSK
+        found, self.cache = self._run("select", pattern, self.ids_BT[:, start:stop], positions_BS)
+        return found
 
     def overlap(self, pattern: Pattern | str, ends: list[int]) -> float | None:
         """The share of its selection that a query has in common with the one before it, mean over full layers and over
@@ -86,7 +89,7 @@ class Steps:
             start = max(end - PROBE, 0)
             if pattern == DENSE or start < K:
                 continue
-            selected_LBSK = self.select(pattern, start, end)
+            selected_LBSK, _ = self.select(pattern, start, end)
             for layer in pattern.full_layers:
                 a_BSK = selected_LBSK[layer]
                 shares.append(float(overlap_counts(a_BSK[:, :-1], a_BSK[:, 1:]).mean()) / a_BSK.shape[-1])
@@ -136,7 +139,7 @@ class Steps:
 
             def select(*args):
                 out = forward(*args, keep_selections=True)
-                return out.selections_LBSK, out.cache
+                return (out.selections_LBSK, out.logits), out.cache
 
             began = time.perf_counter()
             step = dict(prefill=prefill, decode=decode, select=select)[kind]

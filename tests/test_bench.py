@@ -184,7 +184,7 @@ def test_a_pattern_compiled_in_computes_the_same(steps):
 
 def test_overlap_is_that_of_the_selected_sets(steps):
     steps.prefill(ALL, 0, 128)
-    sets = [[set(row.tolist()) for row in layer[0]] for layer in np.asarray(steps.select(ALL, 64, 128))]
+    sets = [[set(row.tolist()) for row in layer[0]] for layer in np.asarray(steps.select(ALL, 64, 128)[0])]
     want = [np.mean([len(a & b) / 16 for a, b in zip(layer, layer[1:], strict=False)]) for layer in sets]
     assert steps.overlap(ALL, [128]) == pytest.approx(np.mean(want))
     assert steps.overlap(QUARTER, [128]) == pytest.approx(want[0])
