@@ -16,8 +16,8 @@ from ic_jax.eval_measures import overlap_counts
 def compare(engine, pattern, tokens: int, index_dtype: str, seed: int = 0, generate: int = 8) -> dict:
     """How far ``auto`` is from ``reference``: shares of selections and rows that agree, logits, and greedy tokens.
 
-    Selections of every query that sees more than top-k tokens, in every full layer of ``pattern``. They differ where scores lie within
-    rounding of the k-th one; deeper layers see inputs that differ by as much.
+    Selections of every query that sees more than top-k tokens, in every full layer of ``pattern``. They differ where
+    scores lie within rounding of the k-th one; deeper layers see inputs that differ by as much.
     """
     runs = {}
     for implementation in ("reference", "auto"):
