@@ -110,7 +110,10 @@ class Engine:
         return (None if keep is not None else jnp.stack(last)), cache
 
     def decode(self, token_B, positions_B, cache, params_B: sampling.Batch):
-        """One token a sequence: (next ids int32 [B], logits float32 [B,W], cache); position -1 marks an idle row."""
+        """One token a sequence: (next ids int32 [B], logits float32 [B,W], cache); position -1 marks an idle row.
+
+        The next id is -1 where logits are not finite.
+        """
         return self._run("decode", token_B, positions_B, cache, params_B)
 
     def sample(self, logits_BW, positions_B, params_B: sampling.Batch):
@@ -135,7 +138,8 @@ class Engine:
             B, idle = len(token_B), len(cache.page_table_BP) - len(token_B)
             ids_BS = jnp.pad(token_B, (0, idle))[:, None]
             out = prefill(params, ids_BS, jnp.pad(positions_B, (0, idle), constant_values=-1)[:, None], cache)
-            return sample(out.logits[:B], positions_B, params_B), out.logits[:B], out.cache
+            ids_B, finite_B = sample(out.logits[:B], positions_B, params_B), jnp.isfinite(out.logits[:B]).all(-1)
+            return jnp.where(finite_B, ids_B, -1), out.logits[:B], out.cache
 
         def sample(logits_BW, positions_B, params_B):
             seeds_B2, *filters = params_B
@@ -272,6 +276,8 @@ class LM:
             if (positions >= 0).any():
                 ahead, _, cache = self.engine.decode(token_B, positions, cache, batch)
             tokens = np.asarray(token_B)
+            if (tokens[~done] < 0).any():
+                raise not_finite(f"token {step} of the answer")
             seconds = time.perf_counter() - start - (self.engine.compile_seconds - compiled)
             pieces: list[Piece | None] = [None] * B
             for b in np.flatnonzero(~done):

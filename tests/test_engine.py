@@ -93,6 +93,14 @@ def test_weights_that_are_not_finite_are_said(lm, prompt, monkeypatch):
         list(lm.stream(prompt, max_tokens=2))
 
 
+def test_logits_that_turn_nan_in_an_answer_are_said(lm, prompt, monkeypatch):
+    pieces, params = lm.stream(prompt, max_tokens=8, ignore_eos=True), lm.engine.params
+    next(pieces)
+    monkeypatch.setattr(lm.engine, "params", params | {"norm": params["norm"].at[0].set(np.nan)})
+    with pytest.raises(UserError, match="the logits of token 2 of the answer are not finite"):
+        list(pieces)
+
+
 def test_any_number_of_tokens_may_be_asked_for(lm, prompt):
     assert tokens(lm, prompt, max_tokens=10**23, stop_token_ids=range(lm.config.vocab_size)) != []
 
