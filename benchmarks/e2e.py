@@ -211,8 +211,10 @@ def run_kind(args, kind: str) -> bool:
 
 
 def main() -> int:
+    from ic_jax import cli
     from ic_jax.config import PRESETS
 
+    cli.take_gpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", nargs="?", default="all", choices=("all", *KINDS, "report"))
     parser.add_argument("--preset", default="glm-4.7-flash-dsa", choices=PRESETS)

@@ -188,6 +188,15 @@ def load(args: argparse.Namespace, console: Console):
         )  # fmt: skip
 
 
+def take_gpu() -> None:
+    """Let JAX, not started yet, have 95 % of a GPU's memory, unless the environment says otherwise.
+
+    Its default of 75 % does not hold a 30B model and its caches on 80 GB.
+    """
+    if not any(os.environ.get(f"XLA_{name}MEM_FRACTION") for name in ("CLIENT_", "PYTHON_CLIENT_")):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = ".95"
+
+
 def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv=None) -> int:
     """The exit status of a command: parse ``argv``, call ``body(args)``, and print a failure as one line on stderr.
 
@@ -195,6 +204,7 @@ def run(body: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     ``--debug`` prints the traceback as well. Other exceptions are defects and pass through.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    take_gpu()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller: nothing to read, nowhere to write
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))

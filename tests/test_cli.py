@@ -224,6 +224,20 @@ def test_a_platform_that_is_not_there_is_named(platform):
     assert err.startswith(b"error: JAX cannot start here what JAX_PLATFORMS=" + platform.encode()) and err.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_commands_take_the_gpu_unless_told_otherwise(name, monkeypatch):
+    of = lambda: {n: os.environ.get(n) for n in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")}
+    for other in of():
+        monkeypatch.delenv(other, raising=False)
+    seen = []
+    cli.run(lambda args: seen.append(of()), cli.Parser("", ""), [])
+    assert seen == [{"XLA_CLIENT_MEM_FRACTION": ".95", "XLA_PYTHON_CLIENT_MEM_FRACTION": None}]
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv(name, ".3")
+    cli.run(lambda args: seen.append(of()), cli.Parser("", ""), [])
+    assert seen[1] == dict.fromkeys(of()) | {name: ".3"}  # both at once would be refused by JAX
+
+
 def test_defects_are_not_hidden():
     def body(args):
         raise KeyError("a defect")
