@@ -60,7 +60,7 @@ def configurations():
         return sparse_mla_gpu.sparse_mla(q, pool, layer, plan.rows_BSK, scale=0.1, groups=plan.groups)
 
     args = (spec((2, 4096, 20, 576)), pool, layer, spec((2, 4096, 2048), i32), spec((2, 128), i32))
-    yield "sparse_mla grouped or not", grouped, args
+    yield "sparse_mla grouped, with its plan", grouped, args
 
     from ic_jax import cache as caches
     from ic_jax import config, model
