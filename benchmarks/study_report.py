@@ -158,9 +158,8 @@ def write(out: Path) -> int:
     lines = [
         f"# Which layers to keep, {about['layers']} layers, {' and '.join(devices)}", "",
         f"`python benchmarks/study.py --data DATA --out DIR`; {versions}; weights {about['weights']}, top-k "
-        f"{about['topk']}. Search: {s['samples']} sequences of {s['seq_len']} tokens of the demo's training corpus, a quarter "
-        "of them recall "
-        f"tasks; another sample for every seed. Training: {s['warmup_steps']} warm-up and "
+        f"{about['topk']}. Search: {s['samples']} sequences of {s['seq_len']} tokens of the demo's training corpus, a "
+        f"quarter of them recall tasks; another sample for every seed. Training: {s['warmup_steps']} warm-up and "
         f"{s['steps'] - s['warmup_steps']} sparse steps of {s['batch']} x {s['seq_len']} tokens at {s['lr'][0]:g} and "
         f"{s['lr'][1]:g}, another order for every seed. Perplexity, loss and KL: {tokens}, against the given model "
         "with every layer full. Recall: share of hidden facts answered exactly, mean of the cells (lengths "
