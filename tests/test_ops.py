@@ -338,3 +338,40 @@ def test_hopper_scoring_skips_blocks_that_see_at_most_k_keys(monkeypatch):
         seen = start + np.arange(block, S + 1, block)  # by the last query of each block
         np.testing.assert_array_equal(limit, np.where(seen <= k, 0, seen))
         assert (limit == 0).any() and (limit > 0).any()
+
+
+def _small():
+    """Arguments of index_topk and sparse_mla that fit together; for nothing but their shapes."""
+    keys, pages = np.zeros((2, 64, 8), np.float32), np.arange(4, dtype=np.int32).reshape(2, 2)
+    query = (np.zeros((2, 3, 2, 8), np.float32), np.zeros((2, 3, 2), np.float32))
+    at = np.tile(np.arange(3, dtype=np.int32), (2, 1))
+    topk = (*query, (keys, None), 1, pages, at, np.full(2, 3, np.int32))
+    return topk, (np.zeros((2, 3, 4, 8), np.float32), keys, 1), pages, at
+
+
+def test_numpy_pools_are_taken():
+    (q, w, (keys, _), *rest), mla, pages, at = _small()
+    rng = np.random.default_rng(9)
+    keys, q, latent_q = (rng.standard_normal(a.shape).astype(np.float32) for a in (keys, q, mla[0]))
+    for where in (np.asarray, jnp.asarray):
+        pool = where(keys), where(np.ones(keys.shape[:2], np.float32))
+        how = dict(k=2, page_size=16, return_scores=True, implementation="reference")
+        positions, _, scores = pallas_kernels.index_topk(q, w + 1, pool, *rest, **how)
+        how = dict(scale=1.0, page_size=16, value_dim=4, implementation="reference")
+        _, lse = pallas_kernels.dense_mla(latent_q, where(keys), 1, pages, at, **how)
+        if where is np.asarray:
+            want = positions, scores, lse
+    jax.tree.map(np.testing.assert_array_equal, (positions, scores, lse), want)
+
+
+@pytest.mark.parametrize("n", [2, 200])
+def test_results_have_the_dtype_of_x_whatever_that_of_the_weights(n):
+    rng = np.random.default_rng(10)
+    x = jnp.asarray(rng.standard_normal((n, 24)), jnp.bfloat16)
+    w, stack, sizes = jnp.ones((2, 8, 24, 40)), jnp.ones((2, 40, 24)), np.array([n] + [0] * 7, np.int32)
+    how = dict(implementation="reference")
+    assert pallas_kernels.grouped_matmul(x, w, 1, sizes, **how).dtype == jnp.bfloat16
+    assert pallas_kernels.layer_matmul(x, stack, 1, **how).dtype == jnp.bfloat16
+    assert pallas_kernels.layer_matmul(x, stack, 1, dtype=jnp.float32, **how).dtype == jnp.float32
+    assert pallas_kernels.expert_matmul(jnp.tile(x[:, None], (1, 8, 1)), w, 1, **how).dtype == jnp.bfloat16
+    assert pallas_kernels.rms_norm(x, stack[0, 0], 1e-6).dtype == jnp.bfloat16
