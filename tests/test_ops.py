@@ -383,7 +383,7 @@ def _wrong_calls():
     yield "one head", pallas_kernels.layer_matmul, (x[:, None], w.swapaxes(2, 3), 1), {}, r"does not end in the \(3, 6\)"
     more = dict(add=np.zeros((2, 5)), norm=(np.ones((2, 6)), 0), eps=1e-5)
     yield "add behind a norm", pallas_kernels.layer_matmul, (x, stack, 1), more, "add goes with a single stack"
-    yield "one row", pallas_kernels.expert_matmul, (one, w, 1, np.zeros(2, int)), {}, r"x \(2, 1\) does not fit the 3 matrices"
+    yield "one row", pallas_kernels.expert_matmul, (one, w, 1, np.zeros(2, int)), {}, r"x \(2, 1\) does not fit the 3"
     yield "two of three", pallas_kernels.expert_matmul, (x, w, 1), {}, r"x \(2, 6\) does not fit the 3 matrices of 6"
 
 
