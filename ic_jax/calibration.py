@@ -211,8 +211,7 @@ def windows(tokens: Sequence[int], seq_len: int, samples: int | None = None) -> 
 
     ``samples``: at most so many, evenly spread. Raises UserError when there is not even one.
     """
-    if samples is not None and samples < 1:
-        raise UserError(f"samples must be at least 1, not {samples}")
+    _checked(samples)
     tokens = np.asarray(tokens, np.int32).reshape(-1)
     n = (len(tokens) - 1) // seq_len
     if n < 1:
@@ -222,12 +221,21 @@ def windows(tokens: Sequence[int], seq_len: int, samples: int | None = None) -> 
     return np.stack([tokens[s : s + seq_len + 1] for s in starts])
 
 
+def _checked(samples: int | None) -> int | None:
+    if samples is not None and samples < 1:
+        raise UserError(f"samples must be at least 1, not {samples}")
+    return samples
+
+
 def text_windows(lm, text, seq_len: int, samples: int | None = None) -> np.ndarray:
     """``windows`` of a text, of token ids, or (as they are) of an array [N, seq_len + 1]."""
-    if isinstance(text, np.ndarray) and text.ndim == 2 and text.shape[1] == seq_len + 1:
-        lm.encode(text.reshape(-1))
-        return text[:samples].astype(np.int32)
-    return windows(lm.encode(text), seq_len, samples)
+    if getattr(text, "ndim", 1) != 2:
+        return windows(lm.encode(text), seq_len, samples)
+    if text.shape[1] != seq_len + 1:
+        raise UserError(f"windows of {text.shape[1]} tokens were given, sequences of {seq_len} need {seq_len + 1}")
+    text = np.asarray(text)
+    lm.encode(text.reshape(-1))
+    return text[: _checked(samples)].astype(np.int32)
 
 
 def fingerprint(ids_NT: np.ndarray) -> str:

@@ -25,7 +25,7 @@ from .config import DEMO_DIRECTORY, Config
 from .errors import UserError, not_finite
 from .parallel import Parallel, cache_specs
 from .pattern import Pattern
-from .sampling import SamplingParams
+from .sampling import SamplingParams, is_int
 from .tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
 CHUNK = dict(cpu=512, gpu=8192, tpu=4096)  # prompt tokens of one step and device
@@ -177,7 +177,10 @@ class LM:
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text, or the given ids checked against the vocabulary; UserError when empty or unknown."""
         if not isinstance(prompt, str):
-            ids = np.asarray(prompt)
+            try:
+                ids = np.asarray(prompt)
+            except ValueError:  # lists of several lengths
+                raise UserError("a prompt is a text or a flat sequence of integer token ids") from None
             if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
                 raise UserError("a prompt is a text or a flat sequence of integer token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else ids.tolist()
@@ -201,10 +204,14 @@ class LM:
         self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 256,
         sampling: SamplingParams | None = None, **fields,
     ) -> list[str]:  # fmt: skip
-        """Texts of the continuations of several prompts of any lengths, run as one batch; arguments as ``stream``."""
+        """Texts of the continuations of several prompts of any lengths, run as one batch; arguments as ``stream``.
+
+        All have the same seed: of equal prompts the texts are equal.
+        """
         if isinstance(prompts, str):
             raise UserError("generate takes a list of prompts; for one, use stream")
-        if not len(prompts):
+        prompts = list(prompts)
+        if not prompts:
             return []
         ids, params = self._check([self.encode(p) for p in prompts], max_tokens, sampling, fields)
         texts = [""] * len(ids)
@@ -242,8 +249,10 @@ class LM:
         return search(self, text, **options)
 
     def _check(self, prompts, max_tokens, sampling, fields):
-        if not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1:
+        if not is_int(max_tokens) or max_tokens < 1:
             raise UserError(f"max_tokens must be an integer >= 1, not {max_tokens!r}")
+        if not isinstance(sampling, SamplingParams | None):
+            raise UserError(f"sampling must be one SamplingParams, for all prompts, not {sampling!r}")
         params = dataclasses.replace(sampling or SamplingParams(), **fields)
         for ids in prompts:
             self._check_length(len(ids), 1)
@@ -315,7 +324,7 @@ class _Text:
 def load(
     path: str | os.PathLike | None = None,
     *,
-    pattern: Pattern | str | None = None,
+    pattern: Pattern | str | os.PathLike | None = None,
     mesh: str | None = None,
     dtype: str = "bfloat16",
     index_dtype: str | None = None,
@@ -343,17 +352,22 @@ def load(
         raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
     if index_dtype not in (None, "bfloat16", "float32", "float8_e4m3fn"):
         raise UserError(f"index_dtype must be bfloat16, float32 or float8_e4m3fn, not {index_dtype!r}")
-    if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
-        raise UserError(f"max_context must lie in 1..{config.max_position_embeddings}, not {max_context}")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise UserError(f"prefill_chunk must be >= 1, not {prefill_chunk}")
+    most = config.max_position_embeddings
+    if max_context is not None and not (is_int(max_context) and 1 <= max_context <= most):
+        raise UserError(f"max_context must lie in 1..{most}, not {max_context!r}")
+    if prefill_chunk is not None and not (is_int(prefill_chunk) and prefill_chunk >= 1):
+        raise UserError(f"prefill_chunk must be an integer >= 1, not {prefill_chunk!r}")
+    max_context, prefill_chunk = (n and int(n) for n in (max_context, prefill_chunk))  # NumPy's know less
     chosen, layers = None, ()
     if not dense and config.has_indexer:
         chosen = config.pattern
         if pattern is not None:
             own = f"this checkpoint ships {chosen.n_full}F/{len(chosen.layers) - chosen.n_full}S; omit the flag to use it"
-            parse = lambda: pattern_file.parse(pattern, config, name, own)
-            chosen = parse() if isinstance(pattern, str) else pattern.for_layers(config.num_hidden_layers, own)
+            if isinstance(pattern, str | os.PathLike):
+                pattern = pattern_file.parse(os.fspath(pattern), config, name, own)
+            if not isinstance(pattern, Pattern):
+                raise UserError(f"pattern must be a Pattern, a text or a file, not {pattern!r}")
+            chosen = pattern.for_layers(config.num_hidden_layers, own)
         layers = chosen.full_layers
     elif pattern is not None:
         why = "--dense runs no indexer" if dense else f"{config.model_type} at {directory} has no indexer"

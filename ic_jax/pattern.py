@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
 from collections.abc import Sequence
 
 from .errors import UserError
@@ -23,6 +24,8 @@ class Pattern:
     layers: str
 
     def __post_init__(self):
+        if not isinstance(self.layers, str):
+            raise UserError(f"the index pattern must be a text of F and S, not {self.layers!r}")
         if not self.layers:
             raise UserError("the index pattern is empty: give one F or S for every layer")
         wrong = sorted(set(self.layers) - {"F", "S"})
@@ -50,7 +53,7 @@ class Pattern:
         freq 4 with offset 3 is GLM-5.2's ``FFFSSSF…``.
         """
         _check_freq(freq)
-        if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
+        if not isinstance(offset, numbers.Integral) or isinstance(offset, bool) or offset < 0:
             raise UserError(f"the index offset must be an integer >= 0, not {offset!r}")
         return cls("".join("F" if max(i - offset + 1, 0) % freq == 0 else "S" for i in range(n)))
 
@@ -149,7 +152,7 @@ def _letters(name: str, value: str | Sequence, n: int) -> str:
 
 
 def _check_freq(freq) -> None:
-    if not isinstance(freq, int) or isinstance(freq, bool) or freq < 1:
+    if not isinstance(freq, numbers.Integral) or isinstance(freq, bool) or freq < 1:
         raise UserError(f"the index frequency must be an integer >= 1, not {freq!r}")
 
 

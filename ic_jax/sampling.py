@@ -7,7 +7,7 @@ and positions only, never on what else is in the batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,22 +38,25 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if stop is None or not all(isinstance(s, str) and s for s in stop):
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            several = isinstance(value, Iterable) and not isinstance(value, str)
+            object.__setattr__(self, name, tuple(value) if several else (value,))
+        if not all(isinstance(s, str) and s for s in self.stop):
             raise UserError(f"stop must hold non-empty strings, not {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(stop))
-        if not all(_is_int(i) and i >= 0 for i in self.stop_token_ids):
+        if not all(is_int(i) and i >= 0 for i in self.stop_token_ids):
             raise UserError(f"stop_token_ids must hold token ids, not {self.stop_token_ids!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
         if not (_is_number(self.temperature) and 0 <= self.temperature < 1e38):
             raise UserError(f"temperature must be a number >= 0, not {self.temperature!r} (0: the likeliest token)")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p!r} (1 keeps every token)")
-        if not (_is_int(self.top_k) and 0 <= self.top_k < 2**31):
+        if not (is_int(self.top_k) and 0 <= self.top_k < 2**31):
             raise UserError(f"top_k must be an integer >= 0, not {self.top_k!r} (0 keeps every token)")
         if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise UserError(f"min_p must be between 0 and 1, not {self.min_p!r} (0 keeps every token)")
-        if not (_is_int(self.seed) and 0 <= self.seed < 2**64):
+        if not (is_int(self.seed) and 0 <= self.seed < 2**64):
             raise UserError(f"seed must be an integer between 0 and 2^64 - 1, not {self.seed!r}")
 
 
@@ -138,9 +141,9 @@ def _kept(scaled_BW, top_p_B, top_k_B, min_p_B):
     return (scaled_BW > threshold_B1) | ((scaled_BW == threshold_B1) & (ids_BW <= last_id_B1))
 
 
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

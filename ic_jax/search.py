@@ -85,7 +85,8 @@ def search(
       text: a text, token ids, or an array of windows int32 [N, seq_len + 1].
       keep: a share of all layers, rounded up, or an integer count. method: one of METHODS.
       blocks: pipeline blocks; each commits its best flip in turn, about this many times fewer forwards.
-      seq_len: tokens of a sequence, eight times top-k by default. samples: sequences at most. batch: of one mini-batch.
+      seq_len: tokens of a sequence, by default as given windows have, else eight times top-k. samples: sequences at most.
+      batch: of one mini-batch.
       together: candidates that run as one batch where they share layers; by device when None.
       log: file of every evaluation; ``resume`` continues from it. report: called with (done, all, note) of evaluations.
 
@@ -104,10 +105,14 @@ def search(
     if keep > start.n_full:
         raise UserError(f"{keep} layers cannot stay full: only {start.n_full} of {n_layers} have indexers")
     methods.rounds(start, keep, blocks)
+    if together is not None and together < 1:
+        raise UserError(f"--together must be at least 1, not {together}")
 
     from . import calibration
     from .search_evaluate import Evaluator, Log, read_header
 
+    if seq_len is None and getattr(text, "ndim", 1) == 2:
+        seq_len = text.shape[1] - 1
     seq_len = calibration.check_seq_len(lm.config, seq_len, lm.max_context)
     ids_NT = calibration.text_windows(lm, text, seq_len, samples)
     log = None if log is None else Path(log)

@@ -6,6 +6,7 @@ Source: IndexCache paper (arXiv 2603.12201). ``search`` gives them losses and si
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -24,12 +25,12 @@ def kept_layers(keep: float | int, n: int) -> int:
 
     Raises UserError for a share of 0 or more than 1, or a count outside 1..n.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not math.isfinite(keep):
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not math.isfinite(keep):
         raise UserError(f"--keep must be a share such as 0.25 or a count of layers, not {keep!r}")
-    if isinstance(keep, int):
+    if isinstance(keep, numbers.Integral):
         if not 1 <= keep <= n:
             raise UserError(f"--keep {keep} is a count of layers and must lie in 1..{n}; write 0.25 for a quarter")
-        return keep
+        return int(keep)
     if not 0 < keep <= 1:
         raise UserError(f"--keep {keep:g} is a share of the layers and must be more than 0 and at most 1")
     return math.ceil(keep * n - 1e-9)

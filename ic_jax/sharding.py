@@ -26,7 +26,7 @@ RULES = {"heads": "tensor", "vocab": "tensor", "mlp": "tensor", "expert": "exper
 def parse_mesh(text: str) -> dict[str, int]:
     """``"data=2,tensor=4"`` -> {"data": 2, "tensor": 4}. Raises UserError for unknown axes or sizes below 1."""
     sizes: dict[str, int] = {}
-    for part in text.split(","):
+    for part in str(text).split(","):
         axis, _, size = part.partition("=")
         axis = axis.strip()
         whole = size.strip().isascii() and size.strip().isdigit()

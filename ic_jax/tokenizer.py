@@ -114,7 +114,7 @@ class Tokenizer:
         """
         if not self._templates:
             raise UserError(f"{model_name(str(self.directory))} has no chat template; send plain text (--no-chat-template)")
-        if isinstance(messages, str | bytes) or not messages:
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
             raise UserError("messages must be a non-empty list of objects with role and content")
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

@@ -2,9 +2,15 @@
 
 Every op is one public function here, exact semantics in ``reference.py``, and one file a backend. Caches are pools:
 ``[layers or slots, rows, width]``, read in place by layer number, with a page table that maps positions to rows.
+
+Shapes that do not fit together raise ValueError. Values are not looked at: an index on the device that is out of range
+gives undefined results. ``jax.shard_map`` around these ops needs ``check_vma=False``.
 """
 
 from __future__ import annotations
+
+import jax
+import numpy as np
 
 from . import dispatch
 from .layout import latent_row_shape, pack_rows, unpack_rows
@@ -31,7 +37,7 @@ def index_topk(
       w_BSI: float32 head weights with every scale factor folded in (fp8 query scales too).
       index_pool: ``(keys [G, M, J], scales float32 [G, M] or None)``, scales for float8 keys.
       slot: int32 scalar, the row of G to score against.
-      page_table_BP: int32 physical page of each logical page.
+      page_table_BP: int32 physical page of each logical page, of as many as hold ``lengths_B``.
       positions_BS: int32 absolute position of each query; -1 marks padding (count 0, all -1).
       lengths_B: int32 cached tokens of each sequence, this call's included.
       k: how many to select. page_size: rows a page.
@@ -40,6 +46,14 @@ def index_topk(
 
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V3.2 report, section 2.1.
     """
+    keys_GMJ, scales_GM = index_pool
+    _agree(
+        q_BSIJ=q_BSIJ, w_BSI=w_BSI, keys_GMJ=keys_GMJ, **({} if scales_GM is None else dict(scales_GM=scales_GM)),
+        page_table_BP=page_table_BP, positions_BS=positions_BS, lengths_B=lengths_B,
+    )  # fmt: skip
+    _inside("slot", slot, keys_GMJ)
+    if k < 1 or not np.size(positions_BS):
+        raise ValueError(f"there is nothing to select: k is {k}, positions_BS {np.shape(positions_BS)}")
     args, how = (q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B), dict(k=k, page_size=page_size)
     if return_scores and dispatch.choose("index_topk", implementation, *args, **how) == "gpu":
         return dispatch.call("index_topk", "gpu", *args, **how, return_scores=True)  # those it has selected by
@@ -62,6 +76,7 @@ def plan_rows(positions_BSK, page_table_BP, heads, latent_pool_LMU, *, page_size
       heads: query heads that ``sparse_mla`` will be called with.
       latent_pool_LMU: the pool it will read (only shape and dtype matter).
     """
+    _agree(positions_BSK=positions_BSK, page_table_BP=page_table_BP)
     implementation = "auto" if implementation == "gpu" else "reference" if implementation == "tpu" else implementation
     args = (positions_BSK, page_table_BP, heads, latent_pool_LMU)
     return dispatch.call("plan_rows", implementation, *args, page_size=page_size)
@@ -82,6 +97,7 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows, *, scale, value_dim=512, im
     Raises NotImplementedError if a forced implementation cannot run. Source: DeepSeek-V2 report, section 2.1 (absorbed MLA).
     """
     rows_BSK, groups = rows if isinstance(rows, RowPlan) else (rows, None)
+    _check_attention(q_BSHU, latent_pool_LMU, layer, value_dim, rows_BSK=rows_BSK)
     args, given = (q_BSHU, latent_pool_LMU, layer, rows_BSK), {} if groups is None else {"groups": groups}
     return dispatch.call("sparse_mla", implementation, *args, scale=scale, value_dim=value_dim, **given)
 
@@ -90,12 +106,13 @@ def dense_mla(
     q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS, *, scale, page_size, value_dim=512,
     implementation="auto",
 ):  # fmt: skip
-    """Causal attention of each query over every cached position <= its own; shapes and results as ``sparse_mla``."""
+    """Causal attention of each query over every cached position <= its own; shapes and results as ``sparse_mla``.
+
+    ``implementation`` as in ``grouped_matmul``. The reference has no reverse-mode gradient.
+    """
+    _check_attention(q_BSHU, latent_pool_LMU, layer, value_dim, page_table_BP=page_table_BP, positions_BS=positions_BS)
     args = (q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS)
-    return dispatch.call(
-        "dense_mla", implementation if implementation == "reference" else "auto", *args,
-        scale=scale, value_dim=value_dim, page_size=page_size,
-    )  # fmt: skip
+    return _where_it_can("dense_mla", implementation, *args, scale=scale, value_dim=value_dim, page_size=page_size)
 
 
 def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto"):
@@ -105,6 +122,8 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E, *, implementation="auto")
     belong to none and come out undefined. "gpu" and "tpu" mean that kernel where it can run, as a model's other ops may
     have one that this has not.
     """
+    _agree(x_ND=x_ND, w_LEDF=w_LEDF, group_sizes_E=group_sizes_E)
+    _inside("layer", layer, w_LEDF)
     return _where_it_can("grouped_matmul", implementation, x_ND, w_LEDF, layer, group_sizes_E)
 
 
@@ -113,6 +132,8 @@ def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E, *, implementa
 
     Both products are rounded to that dtype first. Where a kernel can do it the products share a launch and are not stored.
     """
+    _agree(x_ND=x_ND, gate_LEDF=gate_LEDF, up_LEDF=up_LEDF, group_sizes_E=group_sizes_E)
+    _inside("layer", layer, gate_LEDF)
     return _where_it_can("grouped_swiglu", implementation, x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E)
 
 
@@ -130,6 +151,14 @@ def layer_matmul(x, w, layer, *, dtype=None, norm=None, eps=None, add=None, impl
       add: [..., F], what is added to the rounded product of a single stack without a norm.
       implementation: "gpu" and "tpu" as in ``grouped_matmul``.
     """
+    stacks = jax.tree.leaves(w)
+    for stack in stacks:
+        columns = stack.shape[-1:] if stack.ndim == 3 else stack.shape[1:4:2]
+        if np.shape(x)[-len(columns) :] != columns:
+            raise ValueError(f"x {np.shape(x)} does not end in the {columns} of w {stack.shape}")
+        _inside("layer", layer, stack)
+    if add is not None and (norm is not None or len(stacks) > 1):
+        raise ValueError("add goes with a single stack and no norm")
     return _where_it_can("layer_matmul", implementation, x, w, layer, dtype, norm, eps, add)
 
 
@@ -143,6 +172,11 @@ def expert_matmul(x, w, layer, expert=None, *, dtype=None, implementation="auto"
       expert: int32 matrix of each row; results of numbers outside 0..E-1 are undefined. None: x is [..., E, D].
       implementation: as in ``layer_matmul``; the reference copies the matrices of given experts.
     """
+    for stack in jax.tree.leaves(w):
+        _, E, D, _ = stack.shape
+        if np.shape(x)[-1] < D or expert is None and np.shape(x)[-2:-1] != (E,):
+            raise ValueError(f"x {np.shape(x)} does not fit the {E} matrices of {D} rows of w {stack.shape}")
+        _inside("layer", layer, stack)
     return _where_it_can("expert_matmul", implementation, x, w, layer, expert, dtype)
 
 
@@ -152,7 +186,31 @@ def has_kernel(op: str, implementation: str, *args) -> bool:
     return any(dispatch.reason_against(op, b, *args) is None for b in backends)
 
 
-def _where_it_can(op, implementation, *args):
-    if implementation in ("gpu", "tpu") and dispatch.reason_against(op, implementation, *args):
+def _where_it_can(op, implementation, *args, **kwargs):
+    if implementation in ("gpu", "tpu") and dispatch.reason_against(op, implementation, *args, **kwargs):
         implementation = "auto"
-    return dispatch.call(op, implementation, *args)
+    return dispatch.call(op, implementation, *args, **kwargs)
+
+
+def _agree(**arrays):
+    """ValueError unless every array has as many axes as letters behind its name, of one size wherever letters are equal."""
+    sizes = {}
+    for name, array in arrays.items():
+        letters, shape = name.rpartition("_")[2], np.shape(array)
+        fits = len(letters) == len(shape)
+        if not fits or any(sizes.setdefault(i, n) != n for i, n in zip(letters, shape, strict=True)):
+            raise ValueError("shapes do not agree: " + ", ".join(f"{n} {np.shape(a)}" for n, a in arrays.items()))
+
+
+def _inside(name, index, stack):
+    """ValueError for a layer or slot that a Python integer says and the stack has not."""
+    if isinstance(index, int | np.integer) and not 0 <= index < len(stack):
+        raise ValueError(f"{name} {index} is outside 0..{len(stack) - 1}")
+
+
+def _check_attention(q_BSHU, latent_pool_LMU, layer, value_dim, **others):
+    plain = dict(latent_pool_LMU=latent_pool_LMU) if len(np.shape(latent_pool_LMU)) < 4 else {}  # else a backend's layout
+    _agree(q_BSHU=q_BSHU, **plain, **others)
+    _inside("layer", layer, latent_pool_LMU)
+    if not 0 < value_dim <= q_BSHU.shape[-1]:
+        raise ValueError(f"value_dim {value_dim} is outside 1..{q_BSHU.shape[-1]}, the columns of q_BSHU")

@@ -1,7 +1,8 @@
 """Exact jnp implementations: the meaning of every op, used wherever no kernel applies.
 
 All are blocked, so their workspace stays bounded whatever the context, and their loops stop at the longest sequence,
-so an empty cache costs nothing. They run on any platform and are differentiable (selection aside).
+so an empty cache costs nothing. They run on any platform and are differentiable (selection aside; ``dense_mla``, whose
+loop ends where the data says, forwards only).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def index_scores(q_SIJ, w_SI, keys_TJ, scales_T=None):
 
 def scores_at(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BSK, page_size: int):
     """float32 [B,S,K] scores of chosen positions, in ``canonical`` form; the lowest where the position is -1."""
-    keys_GMJ, scales_GM = index_pool
+    keys_GMJ, scales_GM = jax.tree.map(jnp.asarray, tuple(index_pool))
     B, S, K = positions_BSK.shape
     rows_BSK = physical_rows(page_table_BP, positions_BSK, page_size)
 
@@ -57,7 +58,7 @@ def canonical(scores):
 
 def index_topk(q_BSIJ, w_BSI, index_pool, slot, page_table_BP, positions_BS, lengths_B, *, k: int, page_size: int):
     """See ``pallas_kernels.index_topk``. Streams over key tiles, keeping the k best so far: exact, O(k + tile) memory."""
-    keys_GMJ, scales_GM = index_pool
+    keys_GMJ, scales_GM = jax.tree.map(jnp.asarray, tuple(index_pool))
     B, S, I, _ = q_BSIJ.shape
     capacity = page_table_BP.shape[1] * page_size
     tile = min(capacity, page_size * max(1, 2048 // page_size))
@@ -142,6 +143,7 @@ def sparse_mla(q_BSHU, latent_pool_LMU, layer, rows_BSK, *, scale: float, value_
 
 def dense_mla(q_BSHU, latent_pool_LMU, layer, page_table_BP, positions_BS, *, scale, value_dim, page_size):
     """See ``pallas_kernels.dense_mla``. Online softmax over key tiles, up to the last position of the call."""
+    latent_pool_LMU = jnp.asarray(latent_pool_LMU)
     B, S, H, U = q_BSHU.shape
     capacity = page_table_BP.shape[1] * page_size
     tile = min(capacity, page_size * max(1, 1024 // page_size))
@@ -186,7 +188,7 @@ def grouped_matmul(x_ND, w_LEDF, layer, group_sizes_E):
         expert_N = jnp.repeat(jnp.arange(experts), group_sizes_E, total_repeat_length=n)
         y_NF = jnp.einsum("nd,ndf->nf", x_ND, w_LEDF[layer, expert_N], preferred_element_type=jnp.float32)
         return y_NF.astype(x_ND.dtype)
-    return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E)
+    return lax.ragged_dot(x_ND, w_LEDF[layer], group_sizes_E).astype(x_ND.dtype)
 
 
 def grouped_swiglu(x_ND, gate_LEDF, up_LEDF, layer, group_sizes_E, product=grouped_matmul):
@@ -199,7 +201,7 @@ def rms_norm(x, weight, eps: float):
     """x / rms(x) · weight over the last axis: statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight
+    return (x32.astype(x.dtype) * weight).astype(x.dtype)
 
 
 def each(dtype, stacks) -> tuple:
@@ -217,7 +219,8 @@ def layer_matmul(x, w, layer, dtype=None, norm=None, eps=None, add=None):
     spec = "...d,fd->...f" if jax.tree.leaves(w)[0].ndim == 3 else "...hd,hfd->...hf"
     # Where float32 is asked for, its factors are not rounded.
     precision = lambda dtype: "highest" if x.dtype == dtype == jnp.float32 else None
-    product = lambda w, d: jnp.einsum(spec, x, w[layer], preferred_element_type=d, precision=precision(d))
+    einsum = lambda w, d: jnp.einsum(spec, x, w[layer], preferred_element_type=d, precision=precision(d))
+    product = lambda w, d: einsum(w, d).astype(d or x.dtype)
     stacks, tree = jax.tree.flatten(w)
     return tree.unflatten(map(product, stacks, each(dtype, stacks)))
 
@@ -230,7 +233,7 @@ def expert_matmul(x, w, layer, expert=None, dtype=None):
 
         def product(w):
             # Not an einsum by row: XLA's GPU compiler would lay that out as [E, F, rows], for somebody else to turn.
-            y_ENF = jnp.matmul(x_END, w[layer], preferred_element_type=dtype)
+            y_ENF = jnp.matmul(x_END, w[layer], preferred_element_type=dtype).astype(dtype or x.dtype)
             return y_ENF.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
 
     else:

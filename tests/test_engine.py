@@ -1,6 +1,7 @@
 """The library on the demo model: streams are the greedy path of the teacher-forced logits, batches equal single runs."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -113,6 +114,10 @@ def test_end_of_text_token_ends_the_stream(lm, prompt, monkeypatch):
     assert lm.generate([]) == []
 
 
+def test_sizes_may_be_numpy_integers():
+    assert demo(max_context=np.int64(512), prefill_chunk=np.int32(64)).logits([5] * 70).shape == (70, 4096)
+
+
 def test_chunk_size_moves_near_ties_only(lm, prompt):
     """Products of other shapes round otherwise: a selection may differ where scores tie within rounding, not elsewhere."""
     other = demo(prefill_chunk=24)
@@ -143,7 +148,9 @@ def test_chat(lm):
         (lambda lm: lm.logits([]), "prompt is empty"),
         (lambda lm: lm.logits(None), "integer token ids"),
         (lambda lm: lm.logits(np.zeros((2, 2), int)), "integer token ids"),
+        (lambda lm: lm.stream([[1, 2], [3]]), "integer token ids"),
         (lambda lm: lm.generate("Hello"), "list of prompts"),
+        (lambda lm: lm.generate(["a", "b"], sampling=[{}, {}]), "one SamplingParams, for all prompts"),
     ],
 )
 def test_bad_calls_fail_before_anything_runs(lm, call, message):
@@ -156,10 +163,15 @@ def test_bad_calls_fail_before_anything_runs(lm, call, message):
     [
         (dict(pattern="FS"), r"--index-pattern has 2 characters, the model has \d+ layers \(this checkpoint ships"),
         (dict(pattern="S" * 16), "layer 0 is S"),
+        (dict(pattern=["F"] * 16), "pattern must be a Pattern, a text or a file"),
+        (dict(pattern=Path("no.json")), "pattern file no.json cannot be read"),
         (dict(pattern="uniform:2", dense=True), "--dense runs no indexer"),
         (dict(path="/nonexistent/model"), "/nonexistent/model"),
         (dict(dtype="float16"), "dtype must be"),
         (dict(max_context=10**9), "max_context must lie in"),
+        (dict(max_context="100"), "max_context must lie in"),
+        (dict(prefill_chunk=64.0), "prefill_chunk must be an integer"),
+        (dict(mesh={"tensor": 2}), "write axis=size pairs"),
         (dict(mesh="tensor=3"), "mesh tensor=3 does not divide 4 attention heads; valid: 1,2,4"),
         (dict(mesh="rows=2"), "write axis=size pairs"),
         (dict(mesh="tensor=4,expert=8"), "needs 32 devices"),

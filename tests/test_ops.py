@@ -338,3 +338,90 @@ def test_hopper_scoring_skips_blocks_that_see_at_most_k_keys(monkeypatch):
         seen = start + np.arange(block, S + 1, block)  # by the last query of each block
         np.testing.assert_array_equal(limit, np.where(seen <= k, 0, seen))
         assert (limit == 0).any() and (limit > 0).any()
+
+
+def _small():
+    """Arguments of index_topk and sparse_mla that fit together; for nothing but their shapes."""
+    keys, pages = np.zeros((2, 64, 8), np.float32), np.arange(4, dtype=np.int32).reshape(2, 2)
+    query = (np.zeros((2, 3, 2, 8), np.float32), np.zeros((2, 3, 2), np.float32))
+    at = np.tile(np.arange(3, dtype=np.int32), (2, 1))
+    topk = (*query, (keys, None), 1, pages, at, np.full(2, 3, np.int32))
+    return topk, (np.zeros((2, 3, 4, 8), np.float32), keys, 1), pages, at
+
+
+def _wrong_calls():
+    topk, mla, pages, at = _small()
+    swapped = lambda args, i, value: (*args[:i], value, *args[i + 1 :])
+    select = lambda *args, k=2: pallas_kernels.index_topk(*args, k=k, page_size=16)
+    sparse = lambda *args, value_dim=4: pallas_kernels.sparse_mla(*args, scale=1.0, value_dim=value_dim)
+    dense = lambda *args, **how: pallas_kernels.dense_mla(*args, scale=1.0, page_size=16, value_dim=4, **how)
+    x, w, one = np.zeros((2, 6), np.float32), np.zeros((2, 3, 6, 5), np.float32), np.zeros((2, 1), np.float32)
+    stack, sizes = np.zeros((2, 5, 6), np.float32), np.array([1, 1, 0], np.int32)
+    rows = np.zeros((2, 3, 2), np.int32)
+    shapes = "shapes do not agree: q_BSIJ "
+    yield "weights turned", select, swapped(topk, 1, topk[1].swapaxes(0, 1)), {}, shapes
+    yield "one weight", select, swapped(topk, 1, topk[1][..., :1]), {}, shapes
+    yield "a key of one column", select, swapped(topk, 2, (topk[2][0][..., :1], None)), {}, shapes
+    yield "keys alone", select, swapped(topk, 2, topk[2][0]), {}, shapes
+    yield "another batch", select, swapped(topk, 4, pages[:1]), {}, shapes
+    yield "no such slot", select, swapped(topk, 3, 2), {}, "slot 2 is outside 0..1"
+    yield "slot -1", select, swapped(topk, 3, np.int32(-1)), {}, "slot -1 is outside 0..1"
+    yield "k of 0", select, topk, dict(k=0), "nothing to select: k is 0"
+    empty = (*(a[:0] for a in topk[:2]), *topk[2:4], *(a[:0] for a in topk[4:]))
+    yield "no sequence", select, empty, {}, r"nothing to select: k is 2, positions_BS \(0, 3\)"
+    yield "rows turned", sparse, (*mla, rows.swapaxes(0, 1)), {}, "shapes do not agree: q_BSHU "
+    yield "narrow queries", sparse, (mla[0][..., :6], *mla[1:], rows), {}, "shapes do not agree: q_BSHU "
+    yield "wide values", sparse, (*mla, rows), dict(value_dim=512), "value_dim 512 is outside 1..8"
+    yield "no such layer", sparse, (*mla[:2], 2, rows), {}, "layer 2 is outside 0..1"
+    yield "positions turned", dense, (*mla, pages, at.T), {}, "shapes do not agree: q_BSHU "
+    yield "unknown", dense, (*mla, pages, at), dict(implementation="cuda"), "implementation must be one of"
+    yield "one table", pallas_kernels.plan_rows, (rows, pages[:1], 4, mla[1]), dict(page_size=16), "shapes do not agree"
+    yield "one column", pallas_kernels.grouped_matmul, (one, w, 1, sizes), {}, "shapes do not agree: x_ND "
+    yield "one up column", pallas_kernels.grouped_swiglu, (x, w, w[..., :1], 1, sizes), {}, "shapes do not agree: x_ND "
+    yield "no such experts", pallas_kernels.grouped_matmul, (x, w, 2, sizes), {}, "layer 2 is outside 0..1"
+    yield "one column of D", pallas_kernels.layer_matmul, (one, stack, 1), {}, r"x \(2, 1\) does not end in the \(6,\)"
+    yield "one head", pallas_kernels.layer_matmul, (x[:, None], w.swapaxes(2, 3), 1), {}, r"does not end in the \(3, 6\)"
+    more = dict(add=np.zeros((2, 5)), norm=(np.ones((2, 6)), 0), eps=1e-5)
+    yield "add behind a norm", pallas_kernels.layer_matmul, (x, stack, 1), more, "add goes with a single stack"
+    yield "one row", pallas_kernels.expert_matmul, (one, w, 1, np.zeros(2, int)), {}, r"x \(2, 1\) does not fit the 3"
+    yield "two of three", pallas_kernels.expert_matmul, (x, w, 1), {}, r"x \(2, 6\) does not fit the 3 matrices of 6"
+
+
+@pytest.mark.parametrize(("call", "args", "how", "message"), [pytest.param(*c, id=name) for name, *c in _wrong_calls()])
+def test_arguments_that_do_not_fit_are_said(call, args, how, message):
+    with pytest.raises(ValueError, match=message):
+        call(*args, **how)
+
+
+def test_dense_mla_takes_a_forced_kernel_that_it_has_not():
+    _, mla, pages, at = _small()
+    run = functools.partial(pallas_kernels.dense_mla, *mla, pages, at, scale=1.0, page_size=16, value_dim=4)
+    np.testing.assert_array_equal(run(implementation="gpu")[1], run(implementation="reference")[1])
+
+
+def test_numpy_pools_are_taken():
+    (q, w, (keys, _), *rest), mla, pages, at = _small()
+    rng = np.random.default_rng(9)
+    keys, q, latent_q = (rng.standard_normal(a.shape).astype(np.float32) for a in (keys, q, mla[0]))
+    for where in (np.asarray, jnp.asarray):
+        pool = where(keys), where(np.ones(keys.shape[:2], np.float32))
+        how = dict(k=2, page_size=16, return_scores=True, implementation="reference")
+        positions, _, scores = pallas_kernels.index_topk(q, w + 1, pool, *rest, **how)
+        how = dict(scale=1.0, page_size=16, value_dim=4, implementation="reference")
+        _, lse = pallas_kernels.dense_mla(latent_q, where(keys), 1, pages, at, **how)
+        if where is np.asarray:
+            want = positions, scores, lse
+    jax.tree.map(np.testing.assert_array_equal, (positions, scores, lse), want)
+
+
+@pytest.mark.parametrize("n", [2, 200])
+def test_results_have_the_dtype_of_x_whatever_that_of_the_weights(n):
+    rng = np.random.default_rng(10)
+    x = jnp.asarray(rng.standard_normal((n, 24)), jnp.bfloat16)
+    w, stack, sizes = jnp.ones((2, 8, 24, 40)), jnp.ones((2, 40, 24)), np.array([n] + [0] * 7, np.int32)
+    how = dict(implementation="reference")
+    assert pallas_kernels.grouped_matmul(x, w, 1, sizes, **how).dtype == jnp.bfloat16
+    assert pallas_kernels.layer_matmul(x, stack, 1, **how).dtype == jnp.bfloat16
+    assert pallas_kernels.layer_matmul(x, stack, 1, dtype=jnp.float32, **how).dtype == jnp.float32
+    assert pallas_kernels.expert_matmul(jnp.tile(x[:, None], (1, 8, 1)), w, 1, **how).dtype == jnp.bfloat16
+    assert pallas_kernels.rms_norm(x, stack[0, 0], 1e-6).dtype == jnp.bfloat16

@@ -1,5 +1,6 @@
 """Every form of pattern resolves to one tuple by a named rule, and every guard speaks (indexcache.md sections 5 and 7)."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,6 +93,17 @@ def test_bad_forms_are_errors(form, message):
 def test_bad_flags_are_errors(text, message):
     with pytest.raises(UserError, match=message):
         parse(text, 78, "hint")
+
+
+@pytest.mark.parametrize("layers", [["F", "S"], ("F", "S"), None, 5])
+def test_a_pattern_is_a_text(layers):
+    with pytest.raises(UserError, match="must be a text of F and S"):
+        Pattern(layers)
+
+
+def test_counts_may_be_numpy_integers():
+    assert Pattern.uniform(np.int64(5), np.int64(2)) == Pattern("FSFSF")
+    assert Pattern.from_freq(8, np.int32(4), np.int32(3)) == Pattern.from_freq(8, 4, 3)
 
 
 def test_full_layers_need_indexer_weights():

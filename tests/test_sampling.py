@@ -158,7 +158,7 @@ def test_values_are_data():
         dict(temperature=None), dict(top_p=0), dict(top_p=1.01), dict(top_p=float("nan")), dict(top_k=-1),
         dict(top_k=1.5), dict(top_k=2**31), dict(min_p=-0.1), dict(min_p=1.5), dict(min_p=float("nan")), dict(seed=-1),
         dict(seed=2**64), dict(seed=1.0), dict(seed=True), dict(stop=("",)), dict(stop=None), dict(stop=(3,)),
-        dict(stop_token_ids=(-1,)),
+        dict(stop_token_ids=(-1,)), dict(stop_token_ids=None), dict(stop=3), dict(temperature=1j), dict(ignore_eos="no"),
     ],
     ids=str,
 )  # fmt: skip
@@ -171,3 +171,9 @@ def test_stop_may_be_one_string_or_a_list():
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert hash(SamplingParams(stop=["a"], stop_token_ids=[3])) is not None
+
+
+def test_stops_are_taken_from_anything_that_can_be_walked_once():
+    params = SamplingParams(stop=iter(["a", "b"]), stop_token_ids=(i for i in (1, 2)))
+    assert params.stop == ("a", "b") and params.stop_token_ids == (1, 2)
+    assert SamplingParams(stop="end", stop_token_ids=np.int64(3)) == SamplingParams(stop=["end"], stop_token_ids=[3])

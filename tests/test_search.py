@@ -55,6 +55,11 @@ def test_greedy_equals_exhaustive_evaluation_of_each_step(lm, result):
     assert min(spread) > 1e-4  # the choice was a choice, far above rounding
 
 
+def test_given_windows_say_how_long_sequences_are(lm, result):
+    other = run(lm, seq_len=None, keep=np.int64(2))
+    assert (other.calibration, other.history) == (result.calibration, result.history)
+
+
 @pytest.mark.parametrize("options", [dict(together=2), dict(batch=1, together=2), dict(batch=10**24)])
 def test_batching_changes_no_loss(lm, result, options):
     other = run(lm, **options)
@@ -265,6 +270,9 @@ def test_keep(keep, n, want):
         (dict(seq_len=8), "--seq-len 8 is within top-k 8"),
         (dict(seq_len=1025), "--seq-len must lie in 2..1024"),
         (dict(text=[1, 2, 3]), "the text has 3 tokens, one sequence needs 41"),
+        (dict(text=IDS[:, :30]), "windows of 30 tokens were given, sequences of 40 need 41"),
+        (dict(samples=0), "samples must be at least 1"),
+        (dict(together=0), "--together must be at least 1"),
     ],
 )
 def test_bad_arguments(lm, options, message):

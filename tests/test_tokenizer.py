@@ -282,7 +282,9 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, message):
         save(tmp_path, template=template).apply_chat_template(HELLO)
 
 
-@pytest.mark.parametrize("messages", [[], "hi", [dict(content="x")], ["hi"], [dict(role=3, content="x")]])
+@pytest.mark.parametrize(
+    "messages", [[], "hi", [dict(content="x")], ["hi"], [dict(role=3, content="x")], iter([dict(role="user", content="x")])]
+)
 def test_malformed_messages_are_refused(tmp_path, messages):
     with pytest.raises(UserError, match="message"):
         save(tmp_path, template=TURNS).apply_chat_template(messages)
