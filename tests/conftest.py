@@ -7,11 +7,19 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 from pathlib import Path
 
+import jax
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with Ctrl-C ignored
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Compiled programs are dropped after each file: those of a thousand tests are more than a process can map."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
