@@ -1,9 +1,9 @@
 """Grouped sparse MLA on Hopper: g neighbouring queries share one gather over the union of their selections.
 
 The kernel of `sparse_mla_gpu.py` fills its 64-row tile with g*H (query, head) rows of a group of `row_plan.py` and masks
-by owner. Exact: the result is that of the lists one by one. Faster than those even where nothing is shared
-(benchmarks/results/kernels_h200.md): three lists in one are denser, so that blocks side by side find each other's rows
-in the L2 cache, and a tile begins and ends once for three queries. So what can be grouped is.
+by owner. Exact: the result is that of the lists one by one. For 4,096 queries it is faster than those even where nothing
+is shared (benchmarks/results/kernels_h200.md): a tile begins and ends once for three queries, and presumably blocks side
+by side find each other's rows in the L2 cache, since three lists in one are denser. So what can be grouped is.
 """
 
 import jax

@@ -78,7 +78,6 @@ def test_losses_read_the_head_once_for_many_tokens(monkeypatch):
     assert "dot_general" in text and "layer_matmul" not in text
 
 
-
 def test_perplexity_equals_numpy_on_the_logits(lm, load, ids):
     patterns = {"all-full": lm.pattern, "FSSF": Pattern("FSSF"), "dense": "dense"}
     found = eval_measures.perplexity(lm, ids, patterns, batch=2)

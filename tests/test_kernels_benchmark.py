@@ -223,3 +223,13 @@ def test_the_check_of_a_normed_product_can_fail(monkeypatch, fault):
     found = grouped.check_linear(1, "small")
     wrong = {"none": [], "eps": [0], "layer": [1], "norm layer": [0], "dtype": [2], "tiny": [1]}[fault]
     assert [n for n, held in enumerate(found.values()) if not held] == wrong and len(found) == 4
+
+
+def test_exchange_returns_every_token_both_ways(monkeypatch, capsys):
+    import exchange
+
+    monkeypatch.setattr(sys, "argv", "exchange.py --tokens 64 --width 16 --repeats 1".split())
+    exchange.main()  # compares what came back
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"] == jax.device_count() > 1 and 0 < found["share_sent"] < 1
+    assert found["gathered ms"] > 0 and found["sent ms"] > 0
