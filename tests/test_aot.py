@@ -25,10 +25,12 @@ def test_hopper_kernels_compile_within_their_recorded_registers():
     recorded = json.loads(hopper.RECORD.read_text())
     assert found.keys() == recorded.keys()
     for name, kernels in found.items():
-        assert len(kernels) == len(recorded[name]) > 0, name
-        for (registers, spills), (most, most_spills) in zip(kernels, recorded[name], strict=True):
-            # Another ptxas may choose a few registers more; spills are never welcome.
-            assert registers <= most + 8 and spills <= most_spills, (name, kernels, recorded[name])
+        # From 0.12 on jax compiles equal kernels once, so fewer may be reported than recorded: the greatest are compared.
+        assert 0 < len(kernels) <= len(recorded[name]), name
+        # Another ptxas may choose a few registers more; spills are never welcome.
+        for what, slack in enumerate((8, 0)):
+            ours, most = (sorted((kernel[what] for kernel in k), reverse=True) for k in (kernels, recorded[name]))
+            assert all(n <= m + slack for n, m in zip(ours, most, strict=False)), (name, kernels, recorded[name])
 
 
 DIVIDED = """
