@@ -66,7 +66,9 @@ def times(run, program: jax.stages.Compiled, steps: int) -> tuple[dict[str, floa
 
 def _events(data):
     """(operation, seconds) of everything a device did; of the host's threads where there is no other device."""
-    planes = [p for p in data.planes if p.name.startswith("/device:")] or [p for p in data.planes if p.name == "/host:CPU"]
+    # libtpu, once loaded, adds an empty "/device:CUSTOM:Megascale Trace".
+    devices = [p for p in data.planes if p.name.startswith(("/device:GPU", "/device:TPU"))]
+    planes = devices or [p for p in data.planes if p.name == "/host:CPU"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the binding that reads the file
         for plane in planes:

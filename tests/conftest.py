@@ -15,6 +15,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of 
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """``-n auto``: a worker a core, and four at most: each may take some gigabytes."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
     """Compiled programs are dropped after each file: those of a thousand tests are more than a process can map."""

@@ -221,7 +221,9 @@ def test_a_platform_that_is_not_there_is_named(platform):
     process = python(code, env=os.environ | dict(JAX_PLATFORMS=platform), stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and not out
-    assert err.startswith(b"error: JAX cannot start here what JAX_PLATFORMS=" + platform.encode()) and err.count(b"\n") == 1
+    *said_by_jax, last = err.splitlines()  # its CUDA plugin, where installed, says which library it lacks
+    assert last.startswith(b"error: JAX cannot start here what JAX_PLATFORMS=" + platform.encode())
+    assert platform == "cuda" or not said_by_jax
 
 
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])

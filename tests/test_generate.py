@@ -128,7 +128,7 @@ def test_readme_commands_that_need_other_weights_are_written_right():
 
 def test_readme_setup_blocks_name_the_tested_commands():
     assert blocks("run")[1].startswith(".venv/bin/python -m ic_jax.generate -p")
-    assert blocks("test")[1] == ".venv/bin/python -m pytest -q"
+    assert blocks("test")[1] == ".venv/bin/python -m pytest -q -n auto --dist loadfile"
 
 
 def test_readme_tree_names_every_file():
