@@ -25,12 +25,14 @@ def test_hopper_kernels_compile_within_their_recorded_registers():
     recorded = json.loads(hopper.RECORD.read_text())
     assert found.keys() == recorded.keys()
     for name, kernels in found.items():
-        # From 0.12 on jax compiles equal kernels once, so fewer may be reported than recorded: the greatest are compared.
-        assert 0 < len(kernels) <= len(recorded[name]), name
-        # Another ptxas may choose a few registers more; spills are never welcome.
-        for what, slack in enumerate((8, 0)):
-            ours, most = (sorted((kernel[what] for kernel in k), reverse=True) for k in (kernels, recorded[name]))
-            assert all(n <= m + slack for n, m in zip(ours, most, strict=False)), (name, kernels, recorded[name])
+        # The record is of jax 0.12, which compiles equal kernels once. Where another jax reports more or fewer, it is not
+        # known which is which, and the most of any counts.
+        held = recorded[name]
+        most = held if len(kernels) == len(held) else [[max(column) for column in zip(*held, strict=True)]] * len(kernels)
+        assert kernels, name
+        for (registers, spills), (most_registers, most_spills) in zip(kernels, most, strict=True):
+            # Another ptxas may choose a few registers more; spills are never welcome.
+            assert registers <= most_registers + 8 and spills <= most_spills, (name, kernels, held)
 
 
 DIVIDED = """
