@@ -159,7 +159,7 @@ class Bench:
         return dict(weights="alike", ratio=ratio, index_dtype=FP8, tokens=tokens, **found)
 
     def correct(self, weights: str, index_dtype: str) -> dict:
-        """The kernels that ``auto`` chooses against the reference: selections, logits and tokens of a few layers."""
+        """The kernels that ``auto`` chooses, the reference and float32: selections and logits of a few layers."""
         import agreement
 
         from ic_jax.pattern import Pattern
@@ -167,8 +167,7 @@ class Bench:
         n, tokens = min(4, self.config.num_hidden_layers), min(8192, self.args.tokens[-1])
         c = self.config.replace(num_hidden_layers=n, mlp_layer_types=self.config.mlp_layer_types[:n])
         engine, ratio = self.engine(weights, tokens, FP8, c.replace(pattern=Pattern.all_full(n)))
-        found = agreement.compare(engine, Pattern("FSFS"[:n]), tokens, index_dtype, self.args.seed)
-        rows = [dict(index_dtype=index_dtype) | found]
+        rows = agreement.compare(engine, Pattern("FSFS"[:n]), tokens, index_dtype, self.args.seed)
         return dict(weights=weights, ratio=ratio, layers=n, tokens=tokens, rows=rows)
 
 

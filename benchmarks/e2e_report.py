@@ -55,7 +55,7 @@ def write(out: Path) -> int:
         ("Against dense attention", [r for p in of("crossover") for r in _crossover(p)]),
         ("Device time by phase", [r for p in of("breakdown") for r in _breakdown(p)]),
         ("The cache full", _saturated(of("saturated"))),
-        ("Kernels against the reference", [r for p in of("correct") for r in _correct(p)]),
+        ("Kernels and reference against float32, and against each other", [r for p in of("correct") for r in _correct(p)]),
     ]
     for title, rows in sections:
         if rows:
@@ -160,16 +160,19 @@ def _saturated(parts: list[dict]) -> list[dict]:
 
 
 def _correct(part: dict) -> list[dict]:
-    return [
-        {
+    """Each of kernels and reference against float32, then against each other."""
+    out = []
+    for r in part["rows"]:
+        row = {
             "weights": part["weights"], "layers": part["layers"], "tokens": part["tokens"],
-            "index keys": SHORT[r["index_dtype"]], "selections shared": f"{100 * r['selections_shared']:.3f} %",
-            "rows identical": f"{100 * r['rows_identical']:.2f} %",
-            "mean logit difference": r["mean_logit_difference"], "largest": r["largest_logit_difference"],
-            "std of logits": r["logit_std"], f"same {r['generated']} tokens": "yes" if r["same_tokens"] else "no",
-        }
-        for r in part["rows"]
-    ]  # fmt: skip
+            "index keys": SHORT[r["index_dtype"]], "step": r["step"], "queries": r["queries"],
+        }  # fmt: skip
+        pairs = {"reference": "float32, reference", "kernels": "float32, kernels", "both": "reference, kernels"}
+        for what, of in (("selections", "selections"), ("logits off", "logits"), ("top-1", "top1")):
+            values = {name: r[pair][of] for name, pair in pairs.items()}
+            row |= {f"{what}, {name}": f"{100 * v:.2f} %" for name, v in values.items()}
+        out.append(row)
+    return out
 
 
 def _csv(rows: list[dict]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +60,17 @@ def _allocate(engine, slots: int, pages: int, batch: int):
 
 def _scratch(engine, pattern, layers, pages: int, batch: int) -> int:
     """Bytes that a decode step, or a chunk of the prefill before it, needs beside weights and caches."""
-    most = 0
     cache = jax.eval_shape(lambda: _allocate(engine, pattern.n_full, pages, batch))
-    for rows, run in ((batch, "decode"), (1, "prefill")):
+
+    def needs(kind: str, rows: int, *shape: int) -> int:
         steps = Steps(engine, layers, batch=rows)
         steps.cache = cache.replace(page_table_BP=jax.ShapeDtypeStruct((rows, pages), jnp.int32))
-        spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-        args = (spec(rows), spec(rows)) if run == "decode" else (spec(1, engine.prefill_chunk),) * 2
-        m = steps.compile(run, pattern, *args).memory_analysis()
-        most = max(most, m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes)
-    return most
+        m = steps.compile(kind, pattern, *(jax.ShapeDtypeStruct((rows, *shape), jnp.int32),) * 2).memory_analysis()
+        return m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+
+    with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else None) as pool:  # compiled side by side
+        jobs = pool.submit(needs, "decode", batch), pool.submit(needs, "prefill", 1, engine.prefill_chunk)
+        return max(job.result() for job in jobs)
 
 
 def _filled(engine, pattern, layers, pages: int, batch: int, tokens: int, seed: int) -> Steps:

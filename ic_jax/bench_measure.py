@@ -73,7 +73,7 @@ class Steps:
         return token_B
 
     def select(self, pattern: Pattern, start: int, stop: int):
-        """What the queries start <= t < stop select, int32 [L,B,S,K], and the last one's logits, float32 [B,W].
+        """What the queries start <= t < stop select, int32 [L,B,S,K], and logits of the last PROBE, float32 [B,PROBE,W].
 
         All before ``start`` is in the cache.
         """
@@ -138,8 +138,8 @@ class Steps:
                 return logits_BW.argmax(-1).astype(jnp.int32), position_B + 1, cache
 
             def select(*args):
-                out = forward(*args, keep_selections=True)
-                return (out.selections_LBSK, out.logits), out.cache
+                out = forward(*args, keep_selections=True, all_logits=True)
+                return (out.selections_LBSK, out.logits[:, -PROBE:]), out.cache
 
             began = time.perf_counter()
             step = dict(prefill=prefill, decode=decode, select=select)[kind]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import agreement
 import e2e
 import e2e_report
 import saturation
@@ -76,6 +77,24 @@ def test_every_sequence_of_a_batch_gets_the_first_ones_rows():
             np.testing.assert_array_equal(pool[:, b * rows : (b + 1) * rows], want)
 
 
+def test_agreement_measures_rounding():
+    from ic_jax import random_weights
+    from ic_jax.config import preset
+    from ic_jax.pattern import Pattern
+
+    c = preset("demo")
+    c = c.replace(num_hidden_layers=2, mlp_layer_types=c.mlp_layer_types[:2], pattern=Pattern("FF"))
+    tokens = c.index_topk + 40
+    engine = random_weights.engine(c, Pattern("FF"), prefill_chunk=tokens)
+    rows = agreement.compare(engine, Pattern("FS"), tokens, "bfloat16", generate=3)
+    assert [(r["step"], r["queries"]) for r in rows] == [("prefill", tokens), ("decode", 3)]
+    for r in rows:
+        # On a CPU the kernels are the reference; bfloat16 is off float32 by its rounding, and not by more.
+        assert r["reference, kernels"] == dict(selections=1, logits=0, top1=1)
+        assert r["float32, reference"] == r["float32, kernels"]
+        assert 1e-3 < r["float32, kernels"]["logits"] < 0.05 and 0.9 < r["float32, kernels"]["selections"] < 1
+
+
 def row(test, pattern, seconds, tokens, depth, overlap=0.85):
     full = pattern.count("F")
     return dict(
@@ -107,6 +126,11 @@ def parts():
                 pool_tokens=100_000 // full,
             ),
         )
+    pair = lambda share: dict(selections=share, logits=(1 - share) / 2, top1=1.0)
+    pairs = {"float32, reference": pair(0.96), "float32, kernels": pair(0.98), "reference, kernels": pair(0.94)}
+    kinds = dict(prefill=8192, decode=16)
+    rows = [dict(index_dtype="float8_e4m3fn", step=step, queries=n) | pairs for step, n in kinds.items()]
+    yield "correct-alike", dict(kind="correct", weights="alike", layers=4, tokens=8192, rows=rows)
 
 
 def test_report(tmp_path, capsys):
@@ -127,8 +151,12 @@ def test_report(tmp_path, capsys):
     saturated = dict(zip(*(cells(tables["The cache full"][i]) for i in (2, 4)), strict=True))
     assert (saturated["tok/s all-F"], saturated["tok/s 1/4"], saturated["cost saved"]) == ("320", "640", "50 %")
     assert saturated["M tokens/GPU-hour 1/4"] == "2.304" and saturated["tokens held 1/4"] == "100000"
+    correct = tables["Kernels and reference against float32, and against each other"]
+    first = dict(zip(cells(correct[2]), cells(correct[4]), strict=True))
+    assert [first[f"selections, {run}"] for run in ("reference", "kernels", "both")] == ["96.00 %", "98.00 %", "94.00 %"]
+    assert [first[f"logits off, {run}"] for run in ("reference", "kernels")] == ["2.00 %", "1.00 %"]
     with open(tmp_path / "e2e.csv") as f:
-        assert len(list(csv.DictReader(f))) == 6 + 6 + 2 + 1
+        assert len(list(csv.DictReader(f))) == 6 + 6 + 2 + 1 + 2
     assert (tmp_path / "e2e.png").stat().st_size > 10_000
     other = json.loads((tmp_path / "crossover-alike.json").read_text()) | dict(about=ABOUT | dict(seed=1))
     (tmp_path / "crossover-alike.json").write_text(json.dumps(other))
