@@ -50,7 +50,7 @@ def main() -> None:
         keys_TJ = jnp.concatenate(blocks)
 
         @jax.jit
-        def scores(positions_S, inputs=inputs, p=p, indexer=indexer, keys_TJ=keys_TJ):
+        def scores(positions_S, inputs=inputs, indexer=indexer, keys_TJ=keys_TJ):
             q_BSIJ, w_BSI = attention.index_queries(c, indexer, *inputs(positions_S))
             return reference.index_scores(q_BSIJ[0], w_BSI[0], keys_TJ)
 

@@ -1,4 +1,4 @@
-"""Safetensors files: strict headers, and reads of exactly the bytes asked for.
+"""Safetensors files: strict headers, reads of exactly the bytes asked for, and writes in blocks.
 
 Nothing is trusted: a file is read only after its header, and the index over several files, passed every check here.
 Reading is plain file reads into one buffer. Memory maps would count whole shards as resident, and Orbax's safetensors
@@ -14,7 +14,10 @@ import os
 import re
 import struct
 import threading
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -246,3 +249,72 @@ class Reader:
                 done += count
         except OSError as e:
             raise UserError(f"{file} cannot be read: {e.strerror}") from None
+
+
+class Writable(Protocol):
+    """A tensor to write, which ``blocks`` gives row block by row block."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
+
+    def blocks(self) -> Iterator[np.ndarray]: ...
+
+
+def groups(sized: Iterator[tuple], limit: int) -> Iterator[tuple[list, int]]:
+    """Runs of (thing, bytes) of at most ``limit`` bytes, or of one thing."""
+    run, total = [], 0
+    for thing, size in sized:
+        if run and total + size > limit:
+            yield run, total
+            run, total = [], 0
+        run.append(thing)
+        total += size
+    if run:
+        yield run, total
+
+
+def layout(tensors: Iterable[Writable], limit: int) -> tuple[dict[str, list[Writable]], dict[str, str]]:
+    """({file: its tensors}, at most ``limit`` bytes in each or one tensor; {index file: its text}, empty for one file)."""
+    runs = [run for run, _ in groups(((t, t.nbytes) for t in tensors), limit)]
+    if len(runs) == 1:
+        return {"model.safetensors": runs[0]}, {}
+    files = {f"model-{i:05}-of-{len(runs):05}.safetensors": run for i, run in enumerate(runs, 1)}
+    places = {t.name: name for name, run in files.items() for t in run}
+    total = sum(t.nbytes for run in runs for t in run)
+    return files, {INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)}
+
+
+def write(path: Path, run: list[Writable]) -> int:
+    """Write one safetensors file, flushed to the disk; returns its CRC-32."""
+    run = sorted(run, key=lambda t: -t.dtype.itemsize)  # wide elements first keep every tensor aligned
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for t in run:
+        header[t.name] = {
+            "dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes],
+        }  # fmt: skip
+        offset += t.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as f:
+        first = struct.pack("<Q", len(raw)) + raw
+        f.write(first)
+        crc = zlib.crc32(first)
+        for t in run:
+            for block in t.blocks():
+                data = block.reshape(-1).view(np.uint8)
+                f.write(data)
+                crc = zlib.crc32(data, crc)
+        f.flush()
+        os.fsync(f.fileno())
+    return crc
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file, as ``write`` returns it."""
+    crc = 0
+    with open(path, "rb") as f:
+        while data := f.read(1 << 24):
+            crc = zlib.crc32(data, crc)
+    return crc

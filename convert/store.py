@@ -34,6 +34,7 @@ except ImportError:  # Windows
 MANIFEST = "ic_jax.json"
 # A conversion works in NAME.incomplete beside its destination; while the journal is in there, it is not finished.
 INCOMPLETE, JOURNAL = ".incomplete", "journal.jsonl"
+FINISHED = ".finished.jsonl"  # the journal, while only the rename of the directory is missing
 FORMAT = 1
 GROUP = 256 << 20
 CHUNK = 16 << 20  # what a sharded read fetches at least
@@ -240,12 +241,15 @@ class Work(Owner):
         self.directory = destination.with_name(destination.name + INCOMPLETE)
         self.journal = self.directory / JOURNAL
         self.done: dict[str, dict] = {}
+        self.complete = False  # all is written and only the rename is missing
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.claim(self.directory):
             self._begin(fingerprint, resume)
 
     def _begin(self, fingerprint: str, resume: bool) -> None:
-        fresh = not self.journal.exists() and not (self.directory / "config.json").exists()
+        finished = self.directory / FINISHED
+        self.complete = finished.exists()
+        fresh = not self.complete and not self.journal.exists()
         if self.destination.exists() and any(self.destination.iterdir()):  # the run that made it has just ended
             if fresh:
                 shutil.rmtree(self.directory)
@@ -257,26 +261,21 @@ class Work(Owner):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_text(self.journal, json.dumps({"fingerprint": fingerprint}) + "\n")
             return
-        if self.complete:
-            return  # complete but for the rename
-        lines = []
-        for line in self.journal.read_bytes().splitlines():
+        lines, journal = [], finished if self.complete else self.journal
+        for line in journal.read_bytes().splitlines():
             try:
-                lines.append(json_file.parse(line, self.journal))
+                lines.append(json_file.parse(line, journal))
             except UserError:
                 break  # the line being written when it was killed
         if not lines or lines[0].get("fingerprint") != fingerprint:
             raise UserError(
                 f"{self.directory} was begun from another source or with other options; delete it to start again"
             )
+        if self.complete:
+            return
         lines[1:] = [line for line in lines[1:] if isinstance(line.get("unit"), str) and "crc" in line]
         self.done = {line["unit"]: line for line in lines[1:]}
         write_text(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
-
-    @property
-    def complete(self) -> bool:
-        """Whether all is written and only the rename is missing."""
-        return not self.journal.exists()
 
     def note(self, unit: str, record: dict) -> None:
         """Journal a unit that is safely on the disk."""
@@ -298,7 +297,7 @@ class Work(Owner):
                 sync(to)
         for name, text in {"config.json": config_json, **last}.items():
             write_text(self.directory / name, text)
-        self.journal.unlink()
+        os.replace(self.journal, self.directory / FINISHED)
         sync(self.directory)
         self.rename()
 
@@ -306,3 +305,4 @@ class Work(Owner):
         """The last step: the finished directory gets its name."""
         os.replace(self.directory, self.destination)
         sync(self.destination.parent)
+        (self.destination / FINISHED).unlink()

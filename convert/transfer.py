@@ -10,10 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -136,19 +133,6 @@ def _guarded(work: store.Work, do: Callable, *args):
         raise UserError(f"writing {work.directory} failed ({reason}); make room and continue with --resume") from e
 
 
-def _groups(sized: Iterator[tuple], limit: int) -> Iterator[tuple[list, int]]:
-    """Runs of (thing, bytes) of at most ``limit`` bytes, or of one thing."""
-    run, total = [], 0
-    for thing, size in sized:
-        if run and total + size > limit:
-            yield run, total
-            run, total = [], 0
-        run.append(thing)
-        total += size
-    if run:
-        yield run, total
-
-
 def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=False, progress=None) -> Plan:
     """The Plan to convert a Hugging Face directory; its ``write()`` does it.
 
@@ -169,7 +153,7 @@ def hf_to_jax(source: Path, destination: Path, dtype: str | None = None, resume=
                 block = _Block(entry, start, size, target_dtype(entry, dtype), key)
                 yield block, block.nbytes
 
-    units = [(f"{i:05}", run, size) for i, (run, size) in enumerate(_groups(blocks(), store.GROUP))]
+    units = [(f"{i:05}", run, size) for i, (run, size) in enumerate(safetensors.groups(blocks(), store.GROUP))]
     mtp = sum(mapping.is_mtp(e.name, config) for e in every)
     notes = [f"carrying {mtp} tensors of the multi-token-prediction layer"] if mtp else []
     notes += checkpoint.notes(reader, config, mtp=False)
@@ -311,58 +295,19 @@ def jax_to_hf(source: Path, destination: Path, max_shard_size: int = 5 * 10**9, 
     _prepare(source, destination, "jax-to-hf")
     config, report = Config.load(source), progress or (lambda done, total, note: None)
     reader = checkpoint.open_source(source)
-    runs = list(_groups(((t, t.nbytes) for t in _tensors(reader, config)), max_shard_size))
-    single = len(runs) == 1
-    names = [f"model-{i:05}-of-{len(runs):05}.safetensors" for i in range(1, len(runs) + 1)]
-    names = ["model.safetensors"] if single else names
-    units = [(name, run, size) for name, (run, size) in zip(names, runs, strict=True)]
+    files, index = safetensors.layout(_tensors(reader, config), max_shard_size)
+    units = [(name, run, sum(t.nbytes for t in run)) for name, run in files.items()]
 
     def write(work):
         done, total = 0, sum(size for *_, size in units)
         _room(work, total - sum(size for unit, _, size in units if unit in work.done))
         for unit, run, size in units:
             path = work.directory / unit
-            if unit not in work.done or not path.exists() or _file_crc(path) != work.done[unit]["crc"]:
-                crc = _guarded(work, _write_shard, path, run)
+            if unit not in work.done or not path.exists() or safetensors.file_crc(path) != work.done[unit]["crc"]:
+                crc = _guarded(work, safetensors.write, path, run)
                 _guarded(work, work.note, unit, {"crc": crc})
             done += size
             report(done, total, "")
-        index = {t.name: unit for unit, run, _ in units for t in run}
-        index_json = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        last = {} if single else {safetensors.INDEX: index_json}
-        _guarded(work, work.finish, source, (source / "config.json").read_text(encoding="utf-8"), last)
+        _guarded(work, work.finish, source, (source / "config.json").read_text(encoding="utf-8"), index)
 
     return Plan(units, [], _writing(write, reader, destination, resume, "jax-to-hf", max_shard_size))
-
-
-def _write_shard(path: Path, run: list[_Tensor]) -> int:
-    """Write one safetensors file, flushed to the disk; returns its CRC-32."""
-    run = sorted(run, key=lambda t: -t.dtype.itemsize)  # wide elements first keep every tensor aligned
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for t in run:
-        header[t.name] = {
-            "dtype": safetensors.NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes],
-        }  # fmt: skip
-        offset += t.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as f:
-        first = struct.pack("<Q", len(raw)) + raw
-        f.write(first)
-        crc = zlib.crc32(first)
-        for t in run:
-            for block in t.blocks():
-                data = block.reshape(-1).view(np.uint8)
-                f.write(data)
-                crc = zlib.crc32(data, crc)
-        f.flush()
-        os.fsync(f.fileno())
-    return crc
-
-
-def _file_crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as f:
-        while data := f.read(1 << 24):
-            crc = zlib.crc32(data, crc)
-    return crc

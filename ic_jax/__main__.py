@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import sys
 
 from . import __version__, cli
@@ -13,7 +12,6 @@ from .errors import UserError
 COMMANDS = {
     "generate": "text from a prompt, streamed",
     "chat": "a conversation in the terminal",
-    "serve": "an HTTP server with the OpenAI interface",
     "search": "which layers can share their selection, without training",
     "distill": "train the indexers that are kept to serve several layers",
     "eval": "quality against the all-full pattern",
@@ -23,13 +21,8 @@ COMMANDS = {
 }
 
 
-def available() -> dict[str, str]:
-    """The commands of this installation and what they do; imports none of them."""
-    return {name: text for name, text in COMMANDS.items() if importlib.util.find_spec(f"ic_jax.{name}")}
-
-
 def usage() -> str:
-    lines = [f"  {name:<9} {text}" for name, text in available().items()]
+    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ic-jax [--version] <command> [flags]",
@@ -44,13 +37,12 @@ def usage() -> str:
 def main(argv=None) -> int:
     """Exit status of the command named by the first argument; 2 when there is none of that name."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [None]
-    commands = available()
-    if name in commands:
+    if name in COMMANDS:
         return importlib.import_module(f"ic_jax.{name}").main(rest)
-    return cli.run(lambda args: _without_command(name, commands), cli.Parser("", ""), [])
+    return cli.run(lambda args: _without_command(name), cli.Parser("", ""), [])
 
 
-def _without_command(name: str | None, commands) -> None:
+def _without_command(name: str | None) -> None:
     if name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
@@ -59,8 +51,8 @@ def _without_command(name: str | None, commands) -> None:
         print(usage(), file=sys.stderr)
         sys.exit(2)
     else:
-        close = difflib.get_close_matches(name, commands, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"no command is called {name!r}; {hint}")
 
 

@@ -122,10 +122,6 @@ def _body(args) -> None:
     from . import bench_measure, info, roofline
 
     loaded, console = union(patterns), cli.Console(args.quiet)
-    if args.implementation in ("gpu", "tpu"):
-        info.implementations(
-            config, args.implementation, dense=loaded is None, dtype=args.dtype, index_dtype=args.index_dtype
-        )
     engine, name = load(args, config, loaded, console)
     kind = jax.devices()[0].device_kind
     chip, devices = args.chip or roofline.chip_of(kind), 1 if engine.mesh is None else engine.mesh.size

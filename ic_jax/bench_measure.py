@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import dispatch
 
 from . import model, roofline, sharding
+from .engine import chunks
 from .eval_measures import overlap_counts
 from .parallel import cache_specs
 from .pattern import Pattern
@@ -57,7 +58,7 @@ class Steps:
     def prefill(self, pattern: Pattern | str, start: int, stop: int, chunk: int | None = None):
         """Run tokens start <= t < stop; returns the last chunk's logits, float32 [B,W], under way."""
         logits_BW = None
-        for at, size in chunks(start, stop, chunk or self.engine.prefill_chunk):
+        for at, size in chunks(start, stop, chunk or self.engine.chunk(self.batch)):
             n = min(size, stop - at)
             ids_BS = np.pad(self.ids_BT[:, at : at + n], ((0, 0), (0, size - n)))
             positions_S = np.where(np.arange(size) < n, at + np.arange(size), -1).astype(np.int32)
@@ -163,12 +164,6 @@ class Steps:
         return program(self.engine.params, self.slots(pattern), self.cache, *args)
 
 
-def chunks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """(first token, size) of the steps of a prefill; the last one is cut to a power of two, as in Engine.prefill."""
-    for at in range(start, stop, chunk):
-        yield at, min(chunk, 1 << max((stop - at - 1).bit_length(), 3))
-
-
 @dataclasses.dataclass
 class Row:
     """One pattern in one test; ``seconds`` are the repeats.
@@ -233,7 +228,7 @@ def measure(
     # The fullest comes last: it leaves the cache as a test behind those tokens wants it.
     order = sorted([*patterns, *extra], key=lambda p: p != DENSE and p.n_full)
     # The chunk of a timed prefill serves for filling too, unless it is small: one program less.
-    chunk = min([steps.engine.prefill_chunk, *(n for test, n, _ in tests if test == "pp" and n >= 256)])
+    chunk = min([steps.engine.chunk(steps.batch), *(n for test, n, _ in tests if test == "pp" and n >= 256)])
     rows, filled = [], 0
     steps.reserve(max(depth + n for _, n, depth in tests))
     _compile(steps, order, tests, chunk, overlap)
@@ -243,7 +238,7 @@ def measure(
         filled = depth
         if test == "pp":
             run = functools.partial(steps.prefill, start=depth, stop=depth + tokens)
-            last = list(chunks(depth, depth + tokens, steps.engine.prefill_chunk))[-2:]
+            last = list(chunks(depth, depth + tokens, steps.engine.chunk(steps.batch)))[-2:]
             warm = functools.partial(run, start=last[0][0])
             ends = np.linspace(depth, depth + tokens, 5).astype(int)[1:].tolist()
             filled += tokens if order[-1] == fullest else 0
@@ -267,7 +262,8 @@ def _compile(steps: Steps, patterns: list, tests: list, chunk: int, overlap: boo
         fill = {size for _, size in chunks(0, depth, chunk)}
         calls |= {("prefill", steps._static(patterns[-1]), size): patterns[-1] for size in fill}
         for p in patterns:
-            own = {size for _, size in chunks(depth, depth + tokens, steps.engine.prefill_chunk)} if test == "pp" else {1}
+            whole = chunks(depth, depth + tokens, steps.engine.chunk(steps.batch))
+            own = {size for _, size in whole} if test == "pp" else {1}
             calls |= {("prefill" if test == "pp" else "decode", steps._static(p), size): p for size in own}
             if overlap and p != DENSE and depth + tokens - PROBE >= steps.config.index_topk:
                 calls["select", steps._static(p), PROBE] = p
@@ -326,7 +322,7 @@ def _row(steps: Steps, pattern, test: str, tokens: int, depth: int, times: list[
 def work_of(steps: Steps, pattern, test: str, tokens: int, depth: int) -> dict[str, roofline.Part]:
     """The roofline's Parts of a test: the sum over its chunks, or over its decode steps."""
     engine, stop = steps.engine, depth + tokens
-    calls = chunks(depth, stop, engine.prefill_chunk) if test == "pp" else ((at, 1) for at in range(depth, stop))
+    calls = chunks(depth, stop, engine.chunk(steps.batch)) if test == "pp" else ((at, 1) for at in range(depth, stop))
     sizes = dict(
         batch=steps.batch, itemsize=jnp.dtype(engine.dtype).itemsize,
         index_itemsize=jnp.dtype(engine.index_dtype or engine.dtype).itemsize,

@@ -10,7 +10,7 @@ import sys
 
 from . import cli, pattern_file
 from .errors import UserError
-from .generate import check_implementation, title
+from .generate import title
 
 HELP = "/reset forgets the conversation, /exit or ctrl-d ends it, ctrl-c stops an answer"
 
@@ -78,7 +78,6 @@ def _body(args) -> None:
     cli.pattern(args, config.num_hidden_layers)
     if not Tokenizer(directory).has_chat_template:
         raise UserError(f"{pattern_file.model_name(args.model)} has no chat template; for plain text: ic-jax generate")
-    check_implementation(args, config)
     console = cli.Console(args.quiet)
     lm = cli.load(args, console)
     console.status(title(lm))

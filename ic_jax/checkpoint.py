@@ -80,6 +80,18 @@ def indexer_layers(directory: str | Path, config: Config) -> tuple[int, ...]:
         return mapping.indexer_layers(source.tensors, config)
 
 
+def sample(directory: str | Path) -> bytes:
+    """A few weights, which tell apart checkpoints of one shape."""
+    parts = []
+    with open_source(directory) as source:
+        for name in ("embed_tokens", "norm") if source.native else ("model.embed_tokens.weight", "model.norm.weight"):
+            shape = source.tensors[name].shape
+            out = np.empty((min(16, shape[0]), *shape[1:]), source.dtype(name))
+            source.read_into(name, (0,) * len(shape), out)
+            parts.append(out.tobytes())
+    return b"".join(parts)
+
+
 def load_params(
     directory: str | Path,
     config: Config,

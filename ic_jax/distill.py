@@ -24,6 +24,7 @@ from .errors import UserError
 from .pattern import Pattern
 
 STAGES = ("warmup", "sparse", "both")
+LOSSES = ("multi", "avg", "own")
 WARMUP_LR, SPARSE_LR = 1e-3, 7.3e-6  # DeepSeek-V3.2's
 
 
@@ -58,8 +59,6 @@ def settings_for(
     """
     if not config.has_indexer:
         raise UserError(f"this {config.model_type} has no indexer, so there is nothing to distill")
-    if config.model_type == "deepseek_v32" and "S" in pattern.layers:
-        raise UserError("config.json of deepseek_v32 cannot state shared layers; only all-full can be distilled")
     if stage not in STAGES:
         raise UserError(f"--stage must be one of {', '.join(STAGES)}, not {stage!r}")
     if steps < 1:
@@ -212,7 +211,7 @@ def distill(
         raise UserError(
             f"--batch {s.batch} is more than the {len(ids_NT)} sequences of {s.seq_len} tokens in the text; make it smaller"
         )
-    with distill_files.Work(out, _about(config, ids_NT, s), resume) as work:
+    with distill_files.Work(out, _about(directory, config, ids_NT, s), resume) as work:
         return _train(work, directory, config, ids_NT, s, mesh or sharding.make_mesh({}), save_every, report)
 
 
@@ -234,7 +233,7 @@ def _train(work, directory: Path, config: Config, ids_NT: np.ndarray, s: Setting
         optimizers = jax.eval_shape(lambda params: init_optimizers(params, s.stage(n - 1)), shapes)
         state, rows = work.restore(n, {"params": shapes, "optimizers": optimizers}, same), work.rows(n)
         report(n, s.steps, f"continuing after step {n}")
-    began, saved = time.perf_counter(), n
+    began, saved = time.perf_counter() - (rows[-1]["seconds"] if rows else 0), n
     while n < s.steps:
         stage = s.stage(n)
         if n and stage != s.stage(n - 1):
@@ -264,13 +263,16 @@ def _train(work, directory: Path, config: Config, ids_NT: np.ndarray, s: Setting
     return rows
 
 
-def _about(config: Config, ids_NT: np.ndarray, s: Settings) -> dict:
+def _about(directory: Path, config: Config, ids_NT: np.ndarray, s: Settings) -> dict:
     """What a resumed run has to have in common; the rates, remat and the mesh may change."""
+    from . import checkpoint
+
     about = dataclasses.asdict(s) | {"pattern": str(s.pattern)}
     for name in ("lr", "remat"):
         del about[name]
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-    return about | {"model": digest(repr(config).encode()), "text": digest(ids_NT.astype("<i4").tobytes())}
+    sample = checkpoint.sample(directory)
+    return about | {"model": digest(repr(config).encode() + sample), "text": digest(ids_NT.astype("<i4").tobytes())}
 
 
 def _note(row: dict, s: Settings) -> str:
@@ -332,7 +334,7 @@ def _parser():
     add("--steps", required=True, type=int, metavar="N", help="steps in all")
     add("--warmup-steps", type=int, metavar="M", help="how many of them are warm-up (a fifth)")
     add("--stage", choices=STAGES, default="both", help="which stages to train (both)")
-    add("--loss", choices=("multi", "avg", "own"), default="multi", help="what an indexer learns from (multi)")
+    add("--loss", choices=LOSSES, default="multi", help="what an indexer learns from (multi)")
     add("--lr", type=float, nargs="+", metavar="X", help=f"rate of the stage, or of both ({WARMUP_LR} {SPARSE_LR})")
     add("--batch", type=int, default=4, metavar="N", help="sequences of one step (4)")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence (8 times top-k)")

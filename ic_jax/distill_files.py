@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import io
 import json
@@ -21,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import safetensors, store, transfer
+from convert import export, store
 
 from . import checkpoint, interrupts, json_file
 from .config import Config
-from .demo.export import hf_tensors
 from .distill_loss import cast
 from .errors import UserError
 
@@ -158,47 +156,18 @@ class Work(store.Owner):
         shutil.rmtree(self.directory)
 
 
-@dataclasses.dataclass
-class _Tensor:
-    """What ``transfer`` writes into a shard."""
-
-    name: str
-    value: np.ndarray
-
-    shape = property(lambda self: self.value.shape)
-    dtype = property(lambda self: self.value.dtype)
-    nbytes = property(lambda self: self.value.nbytes)
-
-    def blocks(self):
-        yield np.ascontiguousarray(self.value)
-
-
 def write_model(target: Path, source: Path, config: Config, params: dict) -> None:
-    """Write params as a Hugging Face checkpoint of ``config``: weights in the dtype of ``source``, FP8 as bfloat16."""
+    """Write params as a Hugging Face checkpoint of ``config``: float32 where ``source`` is, else bfloat16."""
     with checkpoint.open_source(source) as reader:
         first = "embed_tokens" if reader.native else "model.embed_tokens.weight"
         dtype = "float32" if reader.dtype(first) == np.float32 else "bfloat16"
     host = jax.tree.map(np.asarray, cast(params, jnp.dtype(dtype)))
-    tensors = [_Tensor(name, value) for name, value in hf_tensors(config, host).items()]
-    shards: list[list[_Tensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = ["model.safetensors"] if len(shards) == 1 else names
-    for name, shard in zip(names, shards, strict=True):
-        transfer._write_shard(target / name, shard)
-    if len(shards) > 1:
-        places = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": places}
-        store.write_text(target / safetensors.INDEX, json.dumps(index, indent=2) + "\n")
+    export.write(target, config, host, config_json(source, config, dtype), SHARD_BYTES)
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             place = target / path.relative_to(source)
             place.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, place)
-    store.write_text(target / "config.json", json.dumps(config_json(source, config, dtype), indent=2) + "\n")
 
 
 def config_json(source: Path, config: Config, dtype: str) -> dict:
@@ -206,8 +175,11 @@ def config_json(source: Path, config: Config, dtype: str) -> dict:
     data = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for name in ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "quantization_config"):
         data.pop(name, None)
-    if config.model_type != "deepseek_v32":
-        data["indexer_types"] = ["full" if letter == "F" else "shared" for letter in config.pattern.layers]
+    letters = config.pattern.layers
+    if config.model_type == "deepseek_v32":  # whose readers, vLLM and SGLang, know this field alone
+        data["index_topk_pattern"] = "".join(letters)
+    else:
+        data["indexer_types"] = ["full" if letter == "F" else "shared" for letter in letters]
     if config.num_nextn_predict_layers:
         data["num_nextn_predict_layers"] = 0
     for name in [n for n in ("dtype", "torch_dtype") if n in data] or ["dtype"]:

@@ -22,7 +22,6 @@ from .attention import linear, rms_norm, rope
 from .config import Config
 from .pattern import Pattern
 
-LOSSES = ("multi", "avg", "own")
 BLOCK_BYTES = 128 << 20  # float32 scores of all heads that exist at a time
 
 

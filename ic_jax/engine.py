@@ -80,10 +80,16 @@ class Engine:
         )  # fmt: skip
         how = self.dtype, self.index_dtype, self.options["implementation"]
         per_token = caches.bytes_per_token(self.config, self.n_slots, *how)
-        _check_memory(tokens, per_token * batch // (parallel.data * parallel.parts), _free_bytes())
+        held = -(-batch // parallel.data)  # sequences of a device
+        _check_memory(tokens, per_token * held // parallel.parts, _free_bytes())
         if self.mesh is None:
             return jax.jit(make)()
         return jax.jit(make, out_shardings=sharding.shardings(self.mesh, cache_specs(jax.eval_shape(make))))()
+
+    def chunk(self, rows: int) -> int:
+        """Tokens of each of ``rows`` sequences in one step of a prefill: ``prefill_chunk`` is what a device runs at once."""
+        held = -(-rows // Parallel.of(self.mesh, 1).data)
+        return self.prefill_chunk if held == 1 else 1 << (max(self.prefill_chunk // held, 8).bit_length() - 1)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: caches.Cache, *, keep: Callable | None = None):
         """Run whole prompts, a chunk at a time: (logits float32 [B,W] after each prompt's last token, cache).
@@ -92,9 +98,7 @@ class Engine:
         """
         lengths, rows = np.array([len(p) for p in prompts]), len(cache.page_table_BP)
         last = [None] * len(prompts)
-        for start in range(0, lengths.max(), self.prefill_chunk):
-            # The last chunk is cut to a power of two, so that short prompts cost what they are.
-            size = min(self.prefill_chunk, 1 << max(int(lengths.max() - start - 1).bit_length(), 3))
+        for start, size in chunks(0, int(lengths.max()), self.chunk(rows)):
             ids, positions = np.zeros((rows, size), np.int32), np.full((rows, size), -1, np.int32)
             for b, prompt in enumerate(prompts):
                 part = prompt[start : start + size]
@@ -411,6 +415,12 @@ def load(
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
     return LM(engine, tokenizer, chosen, name)
+
+
+def chunks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """(first token, size) of the steps of a prefill; the last one is cut to a power of two: short prompts cost little."""
+    for at in range(start, stop, chunk):
+        yield at, min(chunk, 1 << max((stop - at - 1).bit_length(), 3))
 
 
 def default_chunk(sizes: dict[str, int]) -> int:

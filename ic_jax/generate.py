@@ -59,15 +59,6 @@ def prompt_ids(args, tokenizer, text: str) -> list[int]:
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
-def check_implementation(args, config) -> None:
-    """NotImplementedError when a forced ``--implementation`` cannot run this model on this machine."""
-    if args.implementation in ("gpu", "tpu"):
-        from . import info
-
-        dtypes = dict(dtype=args.dtype, index_dtype=args.index_dtype)
-        info.implementations(config, args.implementation, dense=args.dense, **dtypes)
-
-
 def check_prompt(ids: list[int], args, config) -> None:
     """UserError when ``ids`` is empty, names tokens the model lacks, or leaves no room for an answer."""
     if not ids:
@@ -124,7 +115,6 @@ def _body(args) -> None:
     check_prompt(ids, args, config)
     cli.start(args)
     sharding.check_alike(ids)
-    check_implementation(args, config)
 
     console = cli.Console(args.quiet)
     lm = cli.load(args, console)

@@ -32,6 +32,15 @@ def score(lm, context: list[int], continuation: list[int]) -> tuple[float, bool]
     return float(logp_T.sum()), bool((logits_TW.argmax(-1) == targets).all())
 
 
+def score_rolling(lm, start: list[int], ids: list[int]) -> float:
+    """Log likelihood of all of ``ids``, in windows that fill the context and begin with the token before them."""
+    total, context, n = 0.0, start[-1:], lm.max_context - 1
+    for at in range(0, len(ids), n):
+        total += score(lm, context, window := ids[at : at + n])[0]
+        context = window[-1:]
+    return total
+
+
 def adapter(lm):
     """An ``lm_eval.api.model.LM`` that answers through ``lm``."""
     require()
@@ -51,7 +60,7 @@ def adapter(lm):
             return out
 
         def loglikelihood_rolling(self, requests):
-            return [score(lm, start, encode(r.args[0]))[0] for r in requests]
+            return [score_rolling(lm, start, encode(r.args[0])) for r in requests]
 
         def generate_until(self, requests):
             out = []

@@ -114,12 +114,11 @@ def init_params(c: Config, slots: int, seed: int = 0, dtype=jnp.bfloat16, mesh: 
 class IndexPlan(NamedTuple):
     """What an F layer computes once and every S layer behind it reuses.
 
-    positions_BSK: selected positions, ascending, -1 padded. count_BS: how many. rows: what sparse attention reads, their
-    physical cache rows and, on some backends, groups of neighbouring queries over the union of their selections.
+    positions_BSK: selected positions, ascending, -1 padded. rows: what sparse attention reads, their physical cache rows
+    and, on some backends, groups of neighbouring queries over the union of their selections.
     """
 
     positions_BSK: jax.Array
-    count_BS: jax.Array
     rows: RowPlan
 
 
@@ -130,7 +129,7 @@ def index_plan(params, cache: Cache, positions_BSK, implementation: str = "auto"
     own_BSK = positions_BSK if parallel.split else parallel.own(positions_BSK, cache.page_size)
     how = dict(page_size=cache.page_size, implementation=implementation)
     rows = plan_rows(own_BSK, pages_BP, heads, cache.latent_LMU, **how)
-    return IndexPlan(positions_BSK, (positions_BSK >= 0).sum(-1, dtype=jnp.int32), rows)
+    return IndexPlan(positions_BSK, rows)
 
 
 class Output(NamedTuple):

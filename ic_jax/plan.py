@@ -196,7 +196,7 @@ def _body(args) -> None:
     out = dict(
         model=name, pattern="dense" if pattern is None else str(pattern), context=args.context, batch=args.batch,
         chip=args.chip, mesh=written(sizes), devices=layout.devices, bytes=memory, capacity=room, fits=total <= room,
-        least_mesh=found and written(found), steps={k: _times(v, args.chip, layout) for k, v in steps.items()},
+        least_mesh=found and written(found), steps={k: _times(v, args.chip) for k, v in steps.items()},
     )  # fmt: skip
     if args.compile:
         from . import plan_compile
@@ -208,7 +208,7 @@ def _body(args) -> None:
     _show(console, out, config, pattern)
 
 
-def _times(step, chip: str, layout: Layout) -> dict:
+def _times(step, chip: str) -> dict:
     """Least seconds of a step's work, of its exchange, and the number of exchanges, at the data sheets' rates."""
     parts, received, count = step
     device = roofline.limits(chip)

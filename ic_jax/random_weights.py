@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from . import model, sharding
+from . import info, model, sharding
 from .config import Config
 from .engine import Engine, _free_bytes, default_chunk
 from .errors import UserError
@@ -27,6 +27,8 @@ def engine(
 
     neighbours: see ``alike``; 0 leaves the weights as they are drawn. Raises UserError when they cannot fit in memory.
     """
+    if implementation in ("gpu", "tpu"):
+        info.implementations(config, implementation, dense=pattern is None, dtype=dtype, index_dtype=index_dtype)
     slots = pattern.n_full if pattern else 0
     sizes = {} if mesh is None else sharding.parse_mesh(mesh)
     sharding.check_mesh(config, sizes)

@@ -96,19 +96,11 @@ def search(
     if lm.pattern is None:
         raise UserError(f"{lm.name} runs no indexer, so there is nothing to share")
     start, began = lm.pattern, time.perf_counter()
-    n_layers = len(start.layers)
-    keep = methods.kept_layers(keep, n_layers)
-    if method not in METHODS:
-        raise UserError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
-    if blocks != 1 and method != "greedy":
-        raise UserError(f"--blocks divides the greedy search; the {method} method has no steps")
-    if keep > start.n_full:
-        raise UserError(f"{keep} layers cannot stay full: only {start.n_full} of {n_layers} have indexers")
-    methods.rounds(start, keep, blocks)
+    keep = check(start, keep, method, blocks)
     if together is not None and together < 1:
         raise UserError(f"--together must be at least 1, not {together}")
 
-    from . import calibration
+    from . import calibration, sharding
     from .search_evaluate import Evaluator, Log, read_header
 
     if seq_len is None and getattr(text, "ndim", 1) == 2:
@@ -118,7 +110,8 @@ def search(
     log = None if log is None else Path(log)
     batch = calibration.batch_size(seq_len, len(ids_NT), batch)
     if together is None:
-        together = ((resume and read_header(log)) or {}).get("together") or _together(lm, batch * seq_len)
+        earlier = sharding.from_first((resume and read_header(log)) or {})
+        together = earlier.get("together") or _together(lm, batch * seq_len)
     about = dict(sha256=calibration.fingerprint(ids_NT), sequences=len(ids_NT), seq_len=seq_len)
     header = about | dict(
         model=lm.name,
@@ -149,11 +142,27 @@ def search(
                 )
                 report(evaluator.done, evaluator.total, note)
         elif method == "uniform":
-            pattern = methods.uniform(n_layers, keep)
+            pattern = methods.uniform(len(start.layers), keep)
         else:
             pattern = methods.similarity(evaluator.similarities(start), keep, start.full_layers)
         loss = history[-1]["loss"] if history else evaluator.loss(pattern)
     return Result(pattern, loss, start, start_loss, history, about, method, time.perf_counter() - began)
+
+
+def check(start: Pattern, keep: float | int, method: str, blocks: int) -> int:
+    """How many layers stay full; UserError for what no search that begins at ``start`` can reach."""
+    n = len(start.layers)
+    keep = methods.kept_layers(keep, n)
+    if method not in METHODS:
+        raise UserError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
+    if blocks != 1 and method != "greedy":
+        raise UserError(f"--blocks divides the greedy search; the {method} method has no steps")
+    if keep > start.n_full:
+        raise UserError(f"{keep} layers cannot stay full: only {start.n_full} of {n} have indexers")
+    methods.rounds(start, keep, blocks)
+    if method == "uniform":
+        methods.uniform(n, keep).slots(start.full_layers)
+    return keep
 
 
 def overrides(pattern: Pattern) -> dict[str, str]:
@@ -269,6 +278,8 @@ def _prepare(args, console):
     elif args.index_pattern:
         name = pattern_file.model_name(args.model)
         args.index_pattern = str(pattern_file.parse(args.index_pattern, config, name))
+    start = cli.pattern(args, n)
+    check(start if isinstance(start, Pattern) else Pattern(start), args.keep, args.method, args.blocks)
     ids_NT = calibration.command_windows(args, directory, config)
     return cli.load(args, console), ids_NT
 

@@ -18,7 +18,7 @@ import numpy as np
 from convert import store
 from pallas_kernels import physical_rows, sparse_mla
 
-from . import attention, calibration, cli, json_file
+from . import attention, calibration, cli, json_file, sharding
 from . import cache as caches
 from .errors import UserError
 from .pattern import Pattern
@@ -36,12 +36,22 @@ class Log(store.Owner):
     """
 
     def __init__(self, header: dict, path: Path | None = None, resume: bool = False):
-        self.path, self.losses = path, {}
+        self.path, self.losses, failed = path, {}, None
         if path is None:
             return
-        if not cli.is_first_process():
-            return self._begin(header)
-        earlier = path.exists()
+        if cli.is_first_process():
+            try:
+                self._open(header, resume)
+            except UserError as e:
+                failed = str(e)
+        # The file is process 0's alone: others may not see its disk.
+        failed, entries = sharding.from_first((failed, [[*key, loss] for key, loss in self.losses.items()]))
+        if failed:
+            raise UserError(failed)
+        self.losses = {(pattern, batch): loss for pattern, batch, loss in entries}
+
+    def _open(self, header: dict, resume: bool) -> None:
+        path, earlier = self.path, self.path.exists()
         try:
             path.touch()
         except OSError as e:
@@ -70,7 +80,7 @@ class Log(store.Owner):
             except (ValueError, KeyError, TypeError, OverflowError):
                 raise UserError(f"{path}, line {number} is damaged; delete the file to start anew") from None
         self.losses = {k: v for k, v in self.losses.items() if None not in v}
-        if lines[-1] and cli.is_first_process():
+        if lines[-1]:
             os.truncate(path, path.stat().st_size - len(lines[-1]))
 
     def add(self, entries: list[dict]) -> None:

@@ -5,6 +5,7 @@ start of a run of several processes. What devices exchange during a forward pass
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import sys
@@ -133,6 +134,17 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
 def _give_up(why: str) -> None:
     print(f"error: {' '.join(why.split())} within {ARRIVAL_SECONDS} s", file=sys.stderr, flush=True)
     os._exit(2)
+
+
+def from_first(value):
+    """Process 0's ``value``, which JSON can hold, on every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(broadcast_one_to_all(np.int32(len(data))))
+    return json.loads(bytes(broadcast_one_to_all(np.resize(data, size))))  # another process's own is for its size only
 
 
 def check_alike(arguments: object) -> None:

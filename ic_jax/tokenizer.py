@@ -65,10 +65,6 @@ class Tokenizer:
         """The id of a token's text, or None."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def token_text(self, token: int) -> str:
-        """The text of one token, special ones included; for log probabilities and tables."""
-        return self.decode([token], skip_special_tokens=False)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written in the text become their ids.
 

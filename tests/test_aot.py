@@ -10,10 +10,11 @@ import sys
 import hopper
 import pytest
 
-MISSING = [m for m in ("jax_cuda13_plugin", "nvidia.cu13") if importlib.util.find_spec(m.split(".")[0]) is None]
+is_there = importlib.util.find_spec
+MISSING = not (is_there("jax_cuda13_plugin") and is_there("nvidia") and is_there("nvidia.cu13"))
 
 
-@pytest.mark.skipif(bool(MISSING), reason="needs jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc to compile")
+@pytest.mark.skipif(MISSING, reason="needs jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc to compile")
 def test_hopper_kernels_compile_within_their_recorded_registers():
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     done = subprocess.run([sys.executable, hopper.__file__], capture_output=True, text=True, env=env)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ic_jax import bench, bench_measure, config, model, moe, random_weights, roofline
+from ic_jax import bench, bench_measure, checkpoint, config, model, moe, random_weights, roofline
 from ic_jax.attention import linear
 from ic_jax.bench_measure import DENSE, Row, Steps
 from ic_jax.config import Config
-from ic_jax.engine import Engine
+from ic_jax.engine import Engine, chunks
 from ic_jax.errors import UserError
 from ic_jax.pattern import Pattern
 from pallas_kernels import dispatch
@@ -208,7 +208,7 @@ def test_speed_is_the_median_and_half_the_range():
 
 @pytest.mark.parametrize(("start", "stop", "chunk"), [(0, 50, 16), (7, 8, 16), (5, 37, 32), (0, 9, 8)])
 def test_chunks_cover_the_prompt(start, stop, chunk):
-    found = list(bench_measure.chunks(start, stop, chunk))
+    found = list(chunks(start, stop, chunk))
     assert [at for at, _ in found] == list(range(start, stop, chunk))
     assert all(size == chunk for _, size in found[:-1]) and found[-1][0] + found[-1][1] >= stop
 
@@ -252,7 +252,8 @@ def test_a_batch_beyond_all_memory(steps):
 
 @pytest.mark.parametrize(("argv", "message"), ERRORS, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "")
 def test_errors_are_one_line_before_weights(argv, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "load", lambda *args: pytest.fail("weights were loaded"))
+    for module, name in ((checkpoint, "load_params"), (model, "init_params")):
+        monkeypatch.setattr(module, name, lambda *args, **how: pytest.fail("weights were loaded"))
     assert bench.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err

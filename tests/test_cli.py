@@ -4,6 +4,7 @@
 """
 
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -135,7 +136,6 @@ def error(capsys, status, expected=2):
         (["-p", "a", "--system-prompt", "b"], "no chat template"),
         (["-p", "x" * 64], "the prompt has 64 tokens, the context holds 64\n"),
         (["-p", "x" * 20, "--max-context", "16"], "has 20 tokens, the context holds 16; raise --max-context"),
-        (["-p", "a", "--implementation", "gpu"], "needs a GPU, this process runs on cpu"),
     ],
     ids=str,
 )
@@ -183,7 +183,8 @@ def test_exit_status(raised, status, message, capsys):
     parser = cli.Parser("x", "x")
     cli.add_common_flags(parser)
     assert cli.run(body, parser, []) == status
-    assert capsys.readouterr().err.startswith(message)
+    err = capsys.readouterr().err
+    assert err.startswith(message) if message else not err
     if status == 2:
         assert cli.run(body, parser, ["--debug"]) == 2
         assert "Traceback" in capsys.readouterr().err
@@ -322,7 +323,7 @@ def test_modules_run_without_a_warning():
     assert not done.stderr
 
 
-def test_commands(capsys, monkeypatch):
+def test_commands(capsys):
     assert __main__.main(["--help"]) == 0
     listed = capsys.readouterr().out
     assert all(f"  {name} " in listed for name in ("generate", "chat", "info"))
@@ -333,8 +334,7 @@ def test_commands(capsys, monkeypatch):
     assert "did you mean generate?" in error(capsys, __main__.main(["generat"]))
     assert "there are generate" in error(capsys, __main__.main(["zzz"]))
     assert "no prompt" in error(capsys, __main__.main(["generate"]))
-    monkeypatch.setitem(__main__.COMMANDS, "not_there", "a command to come")
-    assert "not_there" not in __main__.available()
+    assert all(importlib.util.find_spec(f"ic_jax.{name}") for name in __main__.COMMANDS)
 
 
 # generate

@@ -196,9 +196,9 @@ def files(directory: Path) -> dict[str, int]:
 
 def test_verify_finds_a_flipped_byte_anywhere_in_the_data(converted, tmp_path, capsys):
     _, ours, _ = converted
-    for name, size in files(ours).items():
-        if "/d/" not in name or size < 10_000:
-            continue
+    large = [(name, size) for name, size in files(ours).items() if "/d/" in name and size >= 10_000]
+    assert large
+    for name, size in large:
         copy = tmp_path / "copy"
         shutil.copytree(ours, copy)
         data = bytearray((copy / name).read_bytes())
@@ -337,7 +337,7 @@ def test_bad_sources_are_refused_before_anything_is_written(tmp_path, capsys):
 CHILD = """
 import os, resource, signal, sys
 sys.path.insert(0, {root!r})
-from convert import __main__, store, transfer
+from convert import __main__, safetensors, store
 store.GROUP = 1_000_000
 calls = 0
 def dying(module, name, before):
@@ -411,7 +411,7 @@ def test_killed_then_resumed_equals_uninterrupted(converted, tmp_path, capsys, m
 
 
 @pytest.mark.parametrize(
-    "setup", ["dying(transfer, '_write_shard', before=True)", "dying(transfer, '_write_shard', before=False)"]
+    "setup", ["dying(safetensors, 'write', before=True)", "dying(safetensors, 'write', before=False)"]
 )
 def test_back_conversion_killed_then_resumed(converted, tmp_path, capsys, setup):
     _, ours, weights = converted
@@ -450,6 +450,16 @@ def test_resume_needs_the_same_source_and_options(converted, tmp_path, capsys):
     assert "other options" in fails(capsys, *command, "--resume", "--dtype", "float32")
     write(tmp_path / "other", tensors(BF16, seed=1))
     assert "another source" in fails(capsys, "hf-to-jax", tmp_path / "other", tmp_path / "ours", "--resume")
+
+
+def test_what_is_finished_but_for_its_name_is_of_its_source_too(converted, tmp_path, capsys):
+    source, _, _ = converted
+    command = ["hf-to-jax", source, tmp_path / "ours"]
+    killed = "store.Work.rename = lambda self: os.kill(os.getpid(), signal.SIGKILL)"
+    assert child(killed, *command).returncode == -signal.SIGKILL
+    assert "other options" in fails(capsys, *command, "--resume", "--dtype", "float32")
+    convert(*command, "--resume")
+    assert not any(name.startswith(".") for name in files(tmp_path / "ours"))
 
 
 @pytest.mark.parametrize("line", [b"3", b"[]", b"\xff", b"{}", b"[" * 100_000, b'{"unit": [], "crc": 1}'], ids=range(6))

@@ -11,7 +11,7 @@ import pytest
 
 from ic_jax import cache, checkpoint, model
 from ic_jax.config import DEMO_DIRECTORY, Config, preset
-from ic_jax.demo import corpus, evaluate, export, train
+from ic_jax.demo import corpus, evaluate, train
 from ic_jax.pattern import Pattern
 
 DATA = Path(__file__).parent / "data"
@@ -155,7 +155,7 @@ def test_select_is_exact_under_ties():
 def test_export_is_what_the_loader_reads(tmp_path):
     c, params = tiny(2)
     params = train.cast(params)
-    export.save_hf(tmp_path, c, params)
+    train.save(tmp_path, c, params)
     assert Config.load(tmp_path) == c
     loaded = checkpoint.load_params(tmp_path, c, checkpoint.indexer_layers(tmp_path, c))
     jax.tree.map(np.testing.assert_array_equal, loaded, params)

@@ -14,8 +14,8 @@ import small_models as small
 from conftest import GOLDEN
 
 import ic_jax
-from convert import safetensors
-from ic_jax import checkpoint, distill, distill_loss, model, pattern_file, sharding
+from convert import export, safetensors
+from ic_jax import checkpoint, distill, distill_files, distill_loss, model, pattern_file, sharding
 from ic_jax.config import Config
 from ic_jax.errors import UserError
 from ic_jax.pattern import Pattern
@@ -275,8 +275,40 @@ def test_resumed_weights_are_those_of_an_uninterrupted_run(finished, tmp_path):
     assert [(r["step"], r["index_loss"], r["lm_loss"]) for r in resumed] == [
         (r["step"], r["index_loss"], r["lm_loss"]) for r in rows
     ]
+    assert [r["seconds"] for r in resumed] == sorted(r["seconds"] for r in resumed)
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(out))
     assert not (tmp_path / "out.incomplete").exists()
+
+
+@pytest.mark.parametrize("c", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_models_of_one_kind_of_layers_can_be_written(c, tmp_path):
+    params = weights(c, c.pattern)
+    export.write(tmp_path, c, params, c.to_hf(), shard_bytes=20_000)
+    assert Config.load(tmp_path) == c and len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = checkpoint.load_params(tmp_path, c, checkpoint.indexer_layers(tmp_path, c), "float32")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_deepseek_v32_is_written_with_its_pattern(tmp_path):
+    c = Config.load(GOLDEN / "deepseek_yarn")
+    pattern = Pattern.uniform(c.num_hidden_layers, 2)
+    held = c.replace(pattern=pattern)
+    distill_files.write_model(tmp_path, GOLDEN / "deepseek_yarn", held, weights(c, pattern))
+    assert json.loads((tmp_path / "config.json").read_text())["index_topk_pattern"] == str(pattern)
+    assert Config.load(tmp_path) == held.replace(num_nextn_predict_layers=0)
+    assert checkpoint.indexer_layers(tmp_path, held) == pattern.full_layers
+
+
+def test_resume_is_refused_to_another_model(tmp_path):
+    other = small.directory(tmp_path)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    at = safetensors.read_header(other / "model.safetensors")["model.embed_tokens.weight"].offset
+    data[at] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    with pytest.raises(Stop):
+        distill.distill(GOLDEN / "glm_all_full", tmp_path / "out", WINDOWS, settings(), report=stop_at(2))
+    with pytest.raises(UserError, match="was begun with other settings: model was"):
+        distill.distill(other, tmp_path / "out", WINDOWS, settings(), resume=True)
 
 
 def test_sparse_stage_trains_everything_but_the_router_bias(finished):
@@ -339,7 +371,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     assert [p.name for p in (tmp_path / "out.incomplete" / "state").iterdir()] == ["1"]
     with pytest.raises(UserError, match="is an unfinished conversion"):
         checkpoint.find(str(tmp_path / "out"))
-    work = distill_files.Work(tmp_path / "out", distill._about(GLM, WINDOWS, s), resume=True)
+    work = distill_files.Work(tmp_path / "out", distill._about(GOLDEN / "glm_all_full", GLM, WINDOWS, s), resume=True)
     assert work.latest() == 1 and [row["step"] for row in work.rows(1)] == [1]
 
 

@@ -193,6 +193,19 @@ def test_memory_is_checked_before_weights(free, message, monkeypatch):
         ic_jax.load(max_context=65536)
 
 
+def test_sequences_of_a_device_share_the_chunk(monkeypatch):
+    engine = demo(prefill_chunk=64).engine
+    assert [engine.chunk(rows) for rows in (1, 2, 3, 6, 8, 100)] == [64, 32, 16, 8, 8, 8]
+    sizes, run = [], engine._run
+    monkeypatch.setattr(engine, "_run", lambda kind, *args, **how: sizes.append(args[0].shape) or run(kind, *args, **how))
+    prompts = [[5 + i] * n for i, n in enumerate((70, 40, 9))]
+    together, _ = engine.prefill(prompts, engine.new_cache(3, 128))
+    assert sizes == [(3, 16)] * 4 + [(3, 8)]
+    for prompt, logits in zip(prompts, together, strict=True):
+        alone, _ = engine.prefill([prompt], engine.new_cache(1, 128))
+        np.testing.assert_allclose(logits, alone[0], atol=1e-4)
+
+
 def test_workspace_of_a_long_prefill_is_bounded():
     """32K tokens, even in one chunk: 0.5 GB beside weights and cache as compiled, 4.8 GB if the reference did not block."""
     from ic_jax import cache as caches

@@ -357,6 +357,13 @@ def test_lm_eval_adapter(lm, monkeypatch):
     assert adapter.loglikelihood([request("w5 w6", f" w{best}")])[0][1]
     (rolling,) = adapter.loglikelihood_rolling([request("w5 w6 w7 w8")])
     assert rolling == pytest.approx(sum(logp[i, t] for i, t in enumerate(ids[1:])), abs=1e-4)
+    long = list(np.random.default_rng(0).integers(3, 96, 20))
+    short = SimpleNamespace(max_context=8, logits=lm.logits, encode=lm.encode, tokenizer=lm.tokenizer, eos_ids=lm.eos_ids)
+    words = " ".join(f"w{i}" for i in long)
+    (rolling,) = lm_eval_adapter.adapter(short).loglikelihood_rolling([request(words)])
+    windows = [[start, *long][at : at + 8] for at in (0, 7, 14)]  # each token once, behind those of its window
+    want = sum(log_softmax(lm.logits(w))[i, t] for w in windows for i, t in enumerate(w[1:]))
+    assert rolling == pytest.approx(want, abs=1e-4)
     asked = []
     lm.stream = lambda ids, **options: asked.append((ids, options)) or iter([SimpleNamespace(text="w9 ")] * 2)
     try:

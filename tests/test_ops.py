@@ -84,6 +84,7 @@ def _rows():
     yield "all equal", np.full(n, 0.5, np.float32)
     yield "mostly negative", bf16(-np.abs(rng.standard_normal(n)) * 1e30)
     yield "-inf tail", np.where(np.arange(n) < 40, bf16(rng.standard_normal(n)), -np.inf).astype(np.float32)
+    yield "nan tail", np.where(np.arange(n) < 40, bf16(rng.standard_normal(n)), np.nan).astype(np.float32)
     yield "huge", np.where(np.arange(n) % 90 == 0, bf16(3e38), bf16(rng.standard_normal(n))).astype(np.float32)
 
 

@@ -321,6 +321,36 @@ def test_two_processes_give_the_tokens_of_one(checkpoint, tmp_path, ours):
     assert "2 x cpu" in first[2] and second[1] == "" and "Prompt:" not in second[2]
 
 
+def test_the_log_of_a_search_is_process_0s(tmp_path):
+    """Each process has a directory of its own, as on hosts without a shared disk; the errors of process 0 are everyone's."""
+    code = """
+import sys
+from pathlib import Path
+from ic_jax import sharding
+from ic_jax.errors import UserError
+from ic_jax.search_evaluate import Log
+port, i, directory = sys.argv[1:]
+sharding.start(f"127.0.0.1:{port}", 2, int(i))
+path = Path(directory, i, "log.jsonl")
+path.parent.mkdir()
+with Log({"together": 1}, path) as log:
+    log.add([dict(pattern="FS", batch=0, loss=[1.5, 2.0])])
+with Log({"together": 1}, path, resume=True) as log:
+    print(sorted(log.losses.items()), path.exists())
+try:
+    Log({"together": 2}, path, resume=True)
+except UserError as e:
+    print(e)
+"""
+    port, env = free_port(), os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = [sys.executable, "-c", code, str(port)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for i, (status, out, err) in enumerate(ended([subprocess.Popen([*run, i, tmp_path], env=env, **pipes) for i in "01"])):
+        assert status == 0, err
+        losses, refused = out.splitlines()
+        assert losses == f"[(('FS', 0), [1.5, 2.0])] {i == 0}" and "was made with together 1, now it is 2" in refused
+
+
 @pytest.mark.slow
 def test_four_processes_with_all_four_axes(checkpoint):
     mesh = "data=2,tensor=2,expert=2,context=2"

@@ -240,6 +240,8 @@ def test_uniform(lm):
     for n in range(1, 30):
         for keep in range(1, n + 1):
             assert methods.uniform(n, keep).n_full == keep
+    with pytest.raises(UserError, match="F on layers 3, but"):
+        search.check(Pattern("FFFSFF"), 2, "uniform", 1)
     found = run(lm, method="uniform", keep=0.5)
     assert str(found.pattern) == "FSFSFS" and not found.history
     np.testing.assert_allclose(found.increase, full_loss(lm, found.pattern) - full_loss(lm, lm.pattern), atol=2e-5)

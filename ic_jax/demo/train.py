@@ -27,14 +27,18 @@ import numpy as np
 import optax
 from jax import lax
 
+from convert import export
+
 from .. import attention, model, moe
 from ..attention import linear, rms_norm
 from ..config import Config, Rope
+from ..distill import optimizer
 from ..distill_loss import attend, cast, index_scores, keys_values, kl, queries, select
 from ..pattern import Pattern
 from . import corpus
 
 CONTEXT = corpus.ROW - 1
+SHARD_BYTES = 14 * 10**6
 ANSWER_WEIGHT = 4.0  # of an answer's tokens in the loss; other tokens count 1
 BLOCK = 256  # queries that are scored together, against no later keys than their own
 TAUGHT = 4  # in training, every so many queries teach the indexer
@@ -166,14 +170,9 @@ def init(c: Config, seed: int) -> dict:
     return jax.tree.map_with_path(make, shapes)
 
 
-def optimizer():
-    """AdamW without its learning rate, which ``make_step`` applies: the schedule follows the clock or the step."""
-    decayed = lambda params: jax.tree.map_with_path(
-        lambda path, a: not any(word in path[-1].key for word in ("norm", "bias")), params
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95), optax.add_decayed_weights(0.1, decayed)
-    )
+def save(directory: Path, c: Config, params: dict) -> None:
+    """A Hugging Face checkpoint of bfloat16 params in files under 15 MB."""
+    export.write(directory, c, jax.tree.map(np.asarray, params), c.to_hf() | {"dtype": "bfloat16"}, SHARD_BYTES)
 
 
 def make_step(c: Config, sparse: bool, index_loss: bool):
@@ -266,7 +265,7 @@ def main(argv=None) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from . import evaluate, export  # evaluate needs train_forward
+    from . import evaluate  # which needs train_forward
 
     if (args.steps is None) == (args.minutes is None):
         parser.error("give either --steps or --minutes")
@@ -306,7 +305,7 @@ def main(argv=None) -> None:
             break
         if int(5 * progress) > saved:
             saved = int(5 * progress)
-            export.save_hf(args.out, c, cast(params))
+            save(args.out, c, cast(params))
         lr = learning_rate(progress, args.lr)
         params, state, metrics = steps[stage].result()(params, state, batches.next(), np.float32(lr))
         pending, n = (n, stage, lr, metrics), n + 1
@@ -316,7 +315,7 @@ def main(argv=None) -> None:
         writer.writerow(["step", "stage", "seconds", "lr", "lm_loss", "answer_loss", "index_kl", "largest_load"])
         writer.writerows(rows)
     params = cast(params)
-    export.save_hf(args.out, c, params)
+    save(args.out, c, params)
     run = {"steps": n, "tokens": n * args.batch * args.context, "seconds training": round(time.monotonic() - begun, 1),
            "seconds compiling": round(begun - start, 1), "batch": args.batch, "context": args.context, "lr": args.lr,
            "recall share": args.recall_share, "seed": args.seed}  # fmt: skip
