@@ -175,7 +175,7 @@ def verify(args) -> None:
         for note in checkpoint.notes(source, config, mtp=False):  # MTP tensors are checked like all others
             print(note, file=sys.stderr)
         if source.native:
-            _check_sums(source)
+            source.check(_progress)
         checked = "headers, shapes and checksums" if source.native else "headers, index and shapes"
         print(f"{directory}: {len(source.tensors)} tensors, {checked} are right")
         if args.against:
@@ -183,22 +183,6 @@ def verify(args) -> None:
             with checkpoint.open_source(other) as source:
                 cast = _compare(entries, transfer.entries(source, Config.load(other)))
             print(f"{other}: all weights are equal" + (f" ({cast} of them after a cast)" if cast else ""))
-
-
-def _check_sums(source) -> None:
-    from . import store
-
-    total = sum(t.nbytes for t in source.tensors.values())
-    done = 0
-    for name, pieces in source.pieces.items():
-        shape, dtype = source.tensors[name].shape, source.dtype(name)
-        for piece in pieces:
-            out = np.empty((piece["rows"], *shape[1:]) if shape else (), dtype)
-            source.read_into(name, (piece["row"], *(0,) * (out.ndim - 1)) if shape else (), out)
-            if store.checksum(out) != piece["crc"]:
-                raise UserError(f"{name} in {source.directory}/weights/{piece['group']} is damaged (checksum differs)")
-            done += out.nbytes
-            _progress(done, total, "")
 
 
 def _compare(ours, theirs) -> int:

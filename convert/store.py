@@ -122,6 +122,19 @@ class Store:
     def __exit__(self, *_):
         self.arrays._open.cache_clear()
 
+    def check(self, progress) -> None:
+        """Read everything; UserError where a checksum differs. progress: called with (bytes done, all, "")."""
+        done, total = 0, sum(t.nbytes for t in self.tensors.values())
+        for name, pieces in self.pieces.items():
+            shape, dtype = self.tensors[name].shape, self.dtype(name)
+            for piece in pieces:
+                out = np.empty((piece["rows"], *shape[1:]) if shape else (), dtype)
+                self.read_into(name, (piece["row"], *(0,) * (out.ndim - 1)) if shape else (), out)
+                if checksum(out) != piece["crc"]:
+                    raise UserError(f"{name} in {self.directory}/weights/{piece['group']} is damaged (checksum differs)")
+                done += out.nbytes
+                progress(done, total, "")
+
     def dtype(self, name: str) -> np.dtype:
         """The numpy dtype of an entry."""
         return DTYPES[self.tensors[name].dtype]
@@ -151,7 +164,7 @@ def write_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> d
     import orbax.checkpoint as ocp
 
     path = directory / "weights" / group
-    _claim_room(directory, sum(a.nbytes for a in arrays.values()))
+    claim_room(directory, sum(a.nbytes for a in arrays.values()))
     with ocp.PyTreeCheckpointer() as checkpointer:
         save_args = {key: ocp.SaveArgs(chunk_byte_size=CHUNK) for key in arrays}
         checkpointer.save(path.resolve(), arrays, save_args=save_args, force=True)
@@ -162,8 +175,8 @@ def write_group(directory: Path, group: str, arrays: dict[str, np.ndarray]) -> d
     return {key: checksum(array) for key, array in arrays.items()}
 
 
-def _claim_room(directory: Path, nbytes: int) -> None:
-    """OSError when ``directory`` has no room for a group: Orbax would say so in pages of tracebacks."""
+def claim_room(directory: Path, nbytes: int) -> None:
+    """OSError when ``directory`` has no room for ``nbytes`` of arrays: Orbax would say so in pages of tracebacks."""
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
     with tempfile.TemporaryFile(dir=directory) as f:

@@ -301,13 +301,14 @@ def jax_to_hf(source: Path, destination: Path, max_shard_size: int = 5 * 10**9, 
     def write(work):
         done, total = 0, sum(size for *_, size in units)
         _room(work, total - sum(size for unit, _, size in units if unit in work.done))
+        reader.check(lambda done, total, note: report(done, 2 * total, note))  # what is written has no checksums
         for unit, run, size in units:
             path = work.directory / unit
             if unit not in work.done or not path.exists() or safetensors.file_crc(path) != work.done[unit]["crc"]:
                 crc = _guarded(work, safetensors.write, path, run)
                 _guarded(work, work.note, unit, {"crc": crc})
             done += size
-            report(done, total, "")
+            report(total + done, 2 * total, "")
         _guarded(work, work.finish, source, (source / "config.json").read_text(encoding="utf-8"), index)
 
     return Plan(units, [], _writing(write, reader, destination, resume, "jax-to-hf", max_shard_size))

@@ -5,11 +5,13 @@ Flow: Engine -> Steps (programs and one cache) -> ``measure``: fill the cache to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -286,16 +288,33 @@ def _timed(run: Callable, patterns: list, repeats: int, seconds: float, after: C
         if i and time.perf_counter() - start > seconds:
             break
         for pattern in patterns:
-            began = time.perf_counter()
-            jax.block_until_ready(run(pattern))
-            times[pattern].append(time.perf_counter() - began)
+            with _no_collection():
+                began = time.perf_counter()
+                jax.block_until_ready(run(pattern))
+                times[pattern].append(time.perf_counter() - began)
             if after and not i:
                 found[pattern] = after(pattern)
     return times, found
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within it, Python collects no garbage: a tenth of a second once JAX has traced a model."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _indexer_shares(rows: list[Row], base_seconds: list[float] | None) -> None:
-    """Fill in ``Row.indexer``; see ``measure``. base_seconds: repeats of a pattern of one full layer."""
+    """Fill in ``Row.indexer``; see ``measure``. base_seconds: repeats of a pattern of one full layer.
+
+    Where full layers took no longer than shared ones, noise is larger than what they cost: None.
+    """
     medians = {row.full: row.median for row in rows if row.full}
     if base_seconds:
         medians[1] = statistics.median(base_seconds)
@@ -305,7 +324,8 @@ def _indexer_shares(rows: list[Row], base_seconds: list[float] | None) -> None:
     for row in rows:
         if row.full:
             full, median = (row.full, row.median) if row.full > least else (most, medians[most])
-            row.indexer = row.full * (median - medians[least]) / (full - least) / row.median
+            share = row.full * (median - medians[least]) / (full - least) / row.median
+            row.indexer = share if share >= 0 else None
 
 
 def _row(steps: Steps, pattern, test: str, tokens: int, depth: int, times: list[float], shared, chip) -> Row:

@@ -201,7 +201,7 @@ def distill(
       mesh: a Mesh whose ``data`` axis divides the batch; one device by default. save_every: steps between saved states.
       resume: continue what was interrupted; the weights are those of a run that was not. report: (done, all, note).
 
-    Raises UserError when something is in the way, and when a loss is not finite: the state before it is saved then.
+    Raises UserError when something is in the way, and when a loss is not finite: the last state saved before is kept then.
     """
     from . import checkpoint, distill_files, sharding
 
@@ -219,7 +219,7 @@ def _train(work, directory: Path, config: Config, ids_NT: np.ndarray, s: Setting
     """``distill`` in its working directory."""
     import jax
 
-    from . import checkpoint, distill_files, model
+    from . import checkpoint, distill_files, interrupts, model
 
     n = work.latest()
     shapes = model.abstract_params(config, s.pattern.n_full, "float32")[0]
@@ -234,33 +234,44 @@ def _train(work, directory: Path, config: Config, ids_NT: np.ndarray, s: Setting
         state, rows = work.restore(n, {"params": shapes, "optimizers": optimizers}, same), work.rows(n)
         report(n, s.steps, f"continuing after step {n}")
     began, saved = time.perf_counter() - (rows[-1]["seconds"] if rows else 0), n
-    while n < s.steps:
-        stage = s.stage(n)
-        if n and stage != s.stage(n - 1):
-            state["optimizers"] = init_optimizers(state["params"], stage, same)
-        step = make_step(config, s.pattern, stage, mesh, loss=s.loss, dtype=s.dtype, remat=s.remat)
-        lr = s.lr[stage == "sparse"]
-        state, metrics = step(state, batch_at(ids_NT, s, n), np.float32(lr))
-        metrics = jax.device_get(metrics)
-        index, lm = float(metrics["index_loss_G"].sum()), float(metrics["lm"]) if stage == "sparse" else None
-        if not metrics["ok"]:
-            if saved < n:
-                work.save(n, state, rows)
-            kept = f"the state after step {n} is kept in {work.directory}: continue with --resume and a lower --lr"
-            raise UserError(
-                f"loss or gradient is not finite at step {n + 1} ({stage}: index {index:.4g}"
-                f"{'' if lm is None else f', LM {lm:.4g}'}); {kept if n else 'nothing was trained yet'}"
-            )
-        n += 1
-        values = (n, stage, lr, index, lm, round(time.perf_counter() - began, 3))
-        rows.append(dict(zip(distill_files.COLUMNS, values, strict=True)))
-        noted = n % max(1, s.steps // 20) == 0 or n in (1, s.steps)
-        report(n, s.steps, _note(rows[-1], s) if noted else "")
-        if n % save_every == 0 or n == s.steps or n == s.warmup_steps:
+    try:
+        while n < s.steps:
+            with interrupts.deferred():  # a step has given its old state away before it has the new one
+                stage = s.stage(n)
+                if n and stage != s.stage(n - 1):
+                    state["optimizers"] = init_optimizers(state["params"], stage, same)
+                step = make_step(config, s.pattern, stage, mesh, loss=s.loss, dtype=s.dtype, remat=s.remat)
+                lr = s.lr[stage == "sparse"]
+                state, metrics = step(state, batch_at(ids_NT, s, n), np.float32(lr))
+                metrics = jax.device_get(metrics)
+                index, lm = float(metrics["index_loss_G"].sum()), float(metrics["lm"]) if stage == "sparse" else None
+                if not metrics["ok"]:
+                    raise _not_finite(work, n, stage, index, lm)
+                work.forget_before(saved)
+                n += 1
+                values = (n, stage, lr, index, lm, round(time.perf_counter() - began, 3))
+                rows.append(dict(zip(distill_files.COLUMNS, values, strict=True)))
+                noted = n % max(1, s.steps // 20) == 0 or n in (1, s.steps)
+                report(n, s.steps, _note(rows[-1], s) if noted else "")
+                if n % save_every == 0 or n == s.steps or n == s.warmup_steps:
+                    work.save(n, state, rows)
+                    saved = n
+    except KeyboardInterrupt:
+        if saved < n:
             work.save(n, state, rows)
-            saved = n
+        raise KeyboardInterrupt(f"interrupted after step {n}; the same command with --resume goes on") from None
     work.finish(directory, config.replace(pattern=s.pattern), state["params"])
     return rows
+
+
+def _not_finite(work, n: int, stage: str, index: float, lm: float | None) -> UserError:
+    """What to say of step ``n + 1``: the update before it may have spoiled the state, so it goes back to an older one."""
+    kept = work.forget_from(n)
+    note = f"the state after step {kept} is kept in {work.directory}: continue with --resume and a lower --lr"
+    return UserError(
+        f"loss or gradient is not finite at step {n + 1} ({stage}: index {index:.4g}"
+        f"{'' if lm is None else f', LM {lm:.4g}'}); {note if kept else 'no state before it was saved: lower --lr'}"
+    )
 
 
 def _about(directory: Path, config: Config, ids_NT: np.ndarray, s: Settings) -> dict:

@@ -2,7 +2,7 @@
 
     OUT.incomplete/distill.json    what the run was begun with
     OUT.incomplete/losses.csv      the table up to the last saved state
-    OUT.incomplete/state/N         Orbax checkpoint of the state after step N; the last one, or two while saving
+    OUT.incomplete/state/N         Orbax checkpoint of the state after step N; two until the step behind one was finite
     OUT.incomplete/model           the result while it is being written; renamed to OUT at the end
 """
 
@@ -47,7 +47,8 @@ def one_line(write):
             raise
         except Exception as e:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {store.first_line(e)}"
-            raise UserError(f"{write.__name__} in {self.directory} failed ({reason}); continue with --resume") from e
+            what = f"{write.__name__} in {self.directory} failed ({reason})"
+            raise UserError(f"{what}; make room and continue with --resume") from e
 
     return guarded
 
@@ -62,7 +63,7 @@ class Work(store.Owner):
     def __init__(self, destination: Path, about: dict, resume: bool):
         self.destination = Path(destination).absolute()
         self.directory = self.destination.with_name(self.destination.name + store.INCOMPLETE)
-        path = self.directory / SETTINGS
+        self.states, path = self.directory / "state", self.directory / SETTINGS
         if self.destination.exists():
             raise UserError(f"{destination} already exists; give another --out")
         if not self.destination.parent.is_dir():
@@ -84,6 +85,8 @@ class Work(store.Owner):
                 self._continue(about, resume)
 
     def _continue(self, about: dict, resume: bool) -> None:
+        if not resume and self.latest() is None:  # it ended before it had saved anything
+            return store.write_text(self.directory / SETTINGS, json.dumps(about, indent=1) + "\n")
         if not resume:
             raise UserError(f"{self.directory} holds an unfinished run; continue it with --resume, or delete it")
         begun = json_file.read(self.directory / SETTINGS)
@@ -93,14 +96,12 @@ class Work(store.Owner):
 
     def latest(self) -> int | None:
         """The step after which the last state was saved whole; None when there is none."""
-        states = self.directory / "state"
-        found = [int(p.name) for p in states.iterdir() if p.name.isdecimal()] if states.is_dir() else []
-        return max(found, default=None)
+        return max(self._saved(), default=None)
 
     @interrupts.deferred()
     @one_line
     def save(self, n: int, state: dict, rows: list[dict]) -> None:
-        """Save the table and the state after step ``n``; then delete the states before it."""
+        """Save the table and the state after step ``n``. States before it stay until ``forget_before``."""
         import orbax.checkpoint as ocp
 
         text = io.StringIO()
@@ -108,19 +109,34 @@ class Work(store.Owner):
         writer.writeheader()
         writer.writerows(rows)
         store.write_text(self.directory / TABLE, text.getvalue())  # first: rows beyond a state are ignored, lost ones not
-        path = self.directory / "state" / str(n)
+        for killed in self.states.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(killed)
+        store.claim_room(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, state, force=True)
-        for other in path.parent.iterdir():
-            if other.name != str(n):
-                shutil.rmtree(other)
+            checkpointer.save(self.states / str(n), state, force=True)
+
+    def forget_before(self, n: int) -> None:
+        """Delete the states before step ``n``: its own has proved good."""
+        self._delete(lambda step: step < n)
+
+    def forget_from(self, n: int) -> int | None:
+        """Delete the states from step ``n`` on, which may be spoiled; the latest that is left."""
+        self._delete(lambda step: step >= n)
+        return self.latest()
+
+    def _delete(self, which) -> None:
+        for step in filter(which, self._saved()):
+            shutil.rmtree(self.states / str(step))
+
+    def _saved(self) -> list[int]:
+        return [int(p.name) for p in self.states.iterdir() if p.name.isdecimal()] if self.states.is_dir() else []
 
     def restore(self, n: int, shapes: dict, sharding) -> dict:
         """The state after step ``n``, of ``shapes``, placed by ``sharding``."""
         import orbax.checkpoint as ocp
 
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
-        path = self.directory / "state" / str(n)
+        path = self.states / str(n)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore(path, target)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from convert import store
+
 from . import cli, pattern_file
 from . import search_methods as methods
 from .errors import UserError
@@ -228,7 +230,8 @@ def _body(args) -> None:
     cli.check_writable(out.parent)
     log = out.with_suffix(".jsonl")
     if log.exists() and not args.resume:
-        raise UserError(f"{log} is the log of an earlier search; continue it with --resume, or delete it")
+        with store.claimed(log):  # else it is that of a running one
+            raise UserError(f"{log} is the log of an earlier search; continue it with --resume, or delete it")
     if args.dense:
         raise UserError("--dense runs no indexer, so there is nothing to search")
     lm, ids_NT = _prepare(args, console)

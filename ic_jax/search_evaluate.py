@@ -96,7 +96,8 @@ class Log(store.Owner):
         # A loss that is no number becomes null: kept as evidence, evaluated again on resuming.
         text = "".join(json.dumps(cli._finite(e), allow_nan=False) + "\n" for e in entries)
         try:
-            with open(self.path, "wb" if fresh else "ab", buffering=0) as f:
+            with open(self.path, "wb" if fresh else "r+b", buffering=0) as f:  # not made anew, without its header
+                f.seek(0, os.SEEK_END)
                 f.write(text.encode())
                 os.fsync(f.fileno())
         except OSError as e:
@@ -118,6 +119,8 @@ def read_header(path: Path | None) -> dict | None:
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     header = json_file.parse(first, f"the log of a search {path}") if newline else None
+    if header and "loss" in header:
+        raise UserError(f"the log of a search {path} has lost its first line; delete it to start anew")
     together = (header or {}).get("together", 1)
     if type(together) is not int or together < 1:
         raise UserError(f"the log of a search {path} is damaged: together is {together!r}")

@@ -204,9 +204,11 @@ def test_verify_finds_a_flipped_byte_anywhere_in_the_data(converted, tmp_path, c
         data = bytearray((copy / name).read_bytes())
         data[size // 2] ^= 1
         (copy / name).write_bytes(data)
-        message = fails(capsys, "verify", copy)
-        assert "is damaged" in message or "cannot be read" in message
+        for command in (["verify", copy], ["jax-to-hf", copy, tmp_path / "back"]):
+            message = fails(capsys, *command)
+            assert "is damaged" in message or "cannot be read" in message
         shutil.rmtree(copy)
+        shutil.rmtree(tmp_path / "back.incomplete")
 
 
 @pytest.mark.parametrize(

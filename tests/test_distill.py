@@ -361,18 +361,42 @@ def test_patterns_of_as_many_full_layers_share_one_program():
     assert jax.tree.map(lambda a: (a.shape, a.dtype), own) == jax.tree.map(lambda a: (a.shape, a.dtype), multi)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
-    from ic_jax import distill_files
-
-    s = settings(stage="warmup", warmup_steps=None, lr=[3e38])
-    with pytest.raises(UserError, match=r"not finite at step 2 .*the state after step 1 is kept in .*--resume and a lower"):
-        distill.distill(GOLDEN / "glm_all_full", tmp_path / "out", WINDOWS, s)
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_loss_that_is_not_finite_goes_back_to_a_good_state(tmp_path, save_every):
+    """Step 4 spoils the weights, which step 5 finds: the state after step 4 is worth nothing."""
+    run = functools.partial(distill.distill, GOLDEN / "glm_all_full", tmp_path / "out", WINDOWS, save_every=save_every)
+    with pytest.raises(UserError, match=r"not finite at step 5 .*the state after step 3 is kept in .*--resume and a lower"):
+        run(settings(lr=(1e-3, 1e30)))
     assert not (tmp_path / "out").exists()
-    assert [p.name for p in (tmp_path / "out.incomplete" / "state").iterdir()] == ["1"]
+    assert [p.name for p in (tmp_path / "out.incomplete" / "state").iterdir()] == ["3"]
     with pytest.raises(UserError, match="is an unfinished conversion"):
         checkpoint.find(str(tmp_path / "out"))
-    work = distill_files.Work(tmp_path / "out", distill._about(GOLDEN / "glm_all_full", GLM, WINDOWS, s), resume=True)
-    assert work.latest() == 1 and [row["step"] for row in work.rows(1)] == [1]
+    assert [row["step"] for row in run(settings(lr=(1e-3, 1e-6)), resume=True)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_good_was_saved(tmp_path):
+    run = functools.partial(distill.distill, GOLDEN / "glm_all_full", tmp_path / "out", WINDOWS)
+    with pytest.raises(UserError, match="not finite at step 2 .*no state before it was saved: lower --lr"):
+        run(settings(stage="warmup", warmup_steps=None, lr=[3e38]), save_every=1)
+    with pytest.raises(Stop):  # nothing is there to continue
+        run(settings(seed=1), report=stop_at(1))
+
+
+def test_ctrl_c_saves_what_was_done(finished, tmp_path):
+    out, rows = finished
+    run = functools.partial(
+        distill.distill, GOLDEN / "glm_all_full", tmp_path / "out", WINDOWS, settings(lr=(1e-3, 1e-3)), save_every=100
+    )
+
+    def press(done, total, note):
+        if done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="interrupted after step 5; the same command with --resume goes on"):
+        run(report=press)
+    resumed = run(resume=True)
+    assert [r["index_loss"] for r in resumed] == [r["index_loss"] for r in rows]
+    jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(out))
 
 
 def test_a_save_is_not_interrupted_and_begins_with_the_table(tmp_path, monkeypatch):

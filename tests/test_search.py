@@ -143,13 +143,22 @@ def test_a_log_of_something_else_is_refused(lm, tmp_path):
             run(lm, log=log, keep=6, resume=True)
 
 
-def test_a_log_has_one_search(lm, tmp_path):
+def test_a_log_has_one_search(lm, tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     with Log({}, log):
         for resume in (False, True):
             with pytest.raises(UserError, match="log.jsonl is in use by another run"):
                 run(lm, log=log, resume=resume)
-    Log({}, log, resume=True)
+        assert search.main(["--out", str(log.with_suffix(".json")), "-q"]) == 2
+        assert "is in use by another run" in capsys.readouterr().err
+    log.unlink()
+    with Log({"together": 1}, log) as book:
+        log.unlink()  # by the user, while it runs
+        with pytest.raises(UserError, match="log.jsonl cannot be written: No such file"):
+            book.add([dict(pattern="F", batch=0, loss=[1.0])])
+    log.write_text('{"pattern": "F", "batch": 0, "loss": [1.0]}\n')
+    with pytest.raises(UserError, match="has lost its first line"):
+        run(lm, log=log, resume=True)
 
 
 def test_a_loss_that_is_no_number_stops_the_search_and_keeps_the_log(lm, tmp_path):
