@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=inspect)
     p.add_argument("dir", metavar="DIR")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    p = commands.add_parser("verify", help="check a checkpoint", description="Check headers, shapes, checksums.")
+    about = "Check headers, shapes and checksums; loading compares no checksums."
+    p = commands.add_parser("verify", help="check a checkpoint", description=about)
     p.set_defaults(run=verify)
     p.add_argument("dir", metavar="DIR")
     p.add_argument("--against", metavar="OTHER", help="also compare all weights with this checkpoint's")
