@@ -114,7 +114,7 @@ def _body(args) -> None:
     ids = prompt_ids(args, Tokenizer(directory), text)
     check_prompt(ids, args, config)
     cli.start(args)
-    sharding.check_alike(ids)
+    sharding.check_alike({"the prompt": ids})
 
     console = cli.Console(args.quiet)
     lm = cli.load(args, console)
