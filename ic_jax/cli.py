@@ -145,6 +145,8 @@ def model_directory(args: argparse.Namespace) -> Path:
         from .config import DEMO_DIRECTORY
 
         return DEMO_DIRECTORY
+    if not args.model:
+        raise UserError("--model is empty; give a directory or a repository, or leave it out for the demo model")
     from . import checkpoint
 
     return checkpoint.find(args.model, weights=False)

@@ -156,6 +156,10 @@ def test_prompt_files_that_are_no_text(model, loaded, capsys, tmp_path, stdin):
     assert "cannot be read" in error(capsys, generate.main(["--file", str(tmp_path), "--model", str(model)]))
 
 
+def test_an_empty_model_is_named(capsys):
+    assert "--model is empty" in error(capsys, generate.main(["-p", "a", "--model", ""]))
+
+
 def test_a_tokenizer_of_another_model_is_noticed(model, loaded, capsys):
     (model / "config.json").write_text(json.dumps(CONFIG | dict(vocab_size=50)))
     assert "vocabulary has 50 entries" in error(capsys, generate.main(["-p", "zz", "--model", str(model)]))
