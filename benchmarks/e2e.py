@@ -212,6 +212,7 @@ def run_kind(args, kind: str) -> bool:
 def main() -> int:
     from ic_jax import cli
     from ic_jax.config import PRESETS
+    from ic_jax.errors import UserError
 
     cli.take_gpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -241,7 +242,11 @@ def main() -> int:
 
         return e2e_report.write(args.out)
     if args.kind != "all":
-        return 0 if run_kind(args, args.kind) else 3
+        try:
+            return 0 if run_kind(args, args.kind) else 3
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
     # A process for each kind: memory is handed back in between.
     rest, status = [a for a in sys.argv[1:] if a != "all"], 0
     for kind in KINDS:
@@ -249,6 +254,8 @@ def main() -> int:
         status = subprocess.run([sys.executable, __file__, kind, *rest, *left]).returncode
         if status:
             break
+    if status == 2 and not any(args.out.glob("*-*.json")):  # it said why, and there is nothing to report
+        return status
     return subprocess.run([sys.executable, __file__, "report", *rest]).returncode or status
 
 

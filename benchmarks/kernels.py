@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -135,12 +136,16 @@ def main(argv: list[str] | None = None) -> int:
                 reach = [f"to reach {us:,} us" for us in getattr(case, "reach", ())]
                 kind = "check" if isinstance(case, kernel_cases.Check) else "time"
                 print(f"{kind:5} {', '.join([case.name, *peers, *reach])}")
+            sys.stdout.flush()
             return 0
         flags = [flag for flag, given in (("--check", args.check), ("--time", args.time)) if given]
         facts = about(shlex.join(["python", "benchmarks/kernels.py", *args.op, *flags]))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of the list left; at exit Python would complain about what is buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     print(header(facts))

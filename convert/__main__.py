@@ -40,7 +40,8 @@ class _Parser(cli.Parser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m convert", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.set_defaults(run=lambda args: _without_command(parser))
+    commands = parser.add_subparsers(dest="command")
     directions = {
         "hf-to-jax": (hf_to_jax, "Hugging Face safetensors to one of our Orbax directories"),
         "jax-to-hf": (jax_to_hf, "one of our directories to Hugging Face safetensors"),
@@ -70,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     for p in commands.choices.values():
         p.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _without_command(parser: argparse.ArgumentParser) -> None:
+    parser.print_help(sys.stderr)
+    sys.exit(2)
 
 
 def _size(text: str) -> int:

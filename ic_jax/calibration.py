@@ -193,16 +193,19 @@ def read_text(path: str | None, model: str | None) -> str:
 def check_seq_len(config: Config, seq_len: int | None, max_context: int | None = None, dense: bool = False) -> int:
     """``seq_len``, or eight times top-k within the context.
 
-    Raises UserError when it is too long, or so short that nothing is selected.
+    Raises UserError when either is too long, or so short that nothing is selected.
     """
     k, limit = config.index_topk, min(max_context or config.max_position_embeddings, config.max_position_embeddings)
     dense = dense or not config.has_indexer
+    if limit < 2:
+        raise UserError(f"a sequence needs at least 2 tokens, the context holds {limit}")
+    what = f"a context of {limit} tokens" if seq_len is None else f"--seq-len {seq_len}"
     if seq_len is None:
-        return min(2048 if dense else 8 * k, limit)
+        seq_len = min(2048 if dense else 8 * k, limit)
     if not 2 <= seq_len <= limit:
         raise UserError(f"--seq-len must lie in 2..{limit}, not {seq_len}")
     if not dense and seq_len <= k:
-        raise UserError(f"--seq-len {seq_len} is within top-k {k}, where every pattern gives the same; make it longer")
+        raise UserError(f"{what} is within top-k {k}, where every pattern gives the same; make it longer")
     return seq_len
 
 

@@ -1,7 +1,8 @@
 """``ic-jax chat``: a conversation in the terminal with a model that has a chat template.
 
 ``/reset`` forgets the conversation, ``/exit`` or ctrl-d ends it, ctrl-c stops an answer. Lines are read from stdin,
-answers go to stdout, the rest to stderr, so a conversation can be scripted: ``ic-jax chat -q < questions.txt``.
+answers go to stdout, the rest to stderr, so a conversation can be scripted: ``ic-jax chat -q < questions.txt``. A message
+that fails is left out of the conversation; unless stdin is a terminal, the exit status is then 2.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ def read_line(console: cli.Console) -> str | None:
     return line.rstrip("\r\n") if line else None
 
 
+def check_utf8(line: str) -> None:
+    """UserError when ``line``, decoded with surrogateescape, holds bytes that are not UTF-8."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as e:
+        byte, offset = ord(line[e.start]) & 0xFF, len(line[: e.start].encode())
+        raise UserError(f"the message is not UTF-8 text: byte 0x{byte:02x} at offset {offset}") from None
+
+
 def answer(lm, messages: list[dict], args, params, console: cli.Console) -> str:
     """The streamed answer to ``messages``; what there is of it when the user presses ctrl-c."""
     text, piece = "", None
@@ -36,6 +46,8 @@ def answer(lm, messages: list[dict], args, params, console: cli.Console) -> str:
             console.write(piece.text)
     except KeyboardInterrupt:
         console.status("\n(stopped)")
+    except UserError as e:  # too long for the context, most likely: the conversation can be mended
+        raise UserError(f"{e} (/reset begins anew)") from None
     console.write("\n")
     if piece is not None:
         cut = f", cut at -m {args.max_tokens}" if piece.finish_reason == "length" else ""
@@ -43,14 +55,14 @@ def answer(lm, messages: list[dict], args, params, console: cli.Console) -> str:
     return text
 
 
-def converse(lm, args, params, console: cli.Console) -> None:
-    """Read, answer and remember until the user leaves."""
+def converse(lm, args, params, console: cli.Console) -> int:
+    """Read, answer and remember until the user leaves; how many messages failed."""
     start = [] if args.system_prompt is None else [dict(role="system", content=args.system_prompt)]
-    messages = list(start)
+    messages, failed = list(start), 0
     while (line := read_line(console)) is not None:
         command = line.strip()
         if command in ("/exit", "/quit"):
-            return
+            break
         if command == "/reset":
             messages = list(start)
             console.status("(the conversation is forgotten)")
@@ -59,11 +71,14 @@ def converse(lm, args, params, console: cli.Console) -> None:
         elif command:
             question = dict(role="user", content=line)
             try:
+                check_utf8(line)
                 text = answer(lm, [*messages, question], args, params, console)
-            except UserError as e:  # too long for the context, most likely: the conversation can be mended
-                console.complain(f"{e} (/reset begins anew)")
+            except UserError as e:
+                console.complain(str(e))
+                failed += 1
                 continue
             messages += [question, dict(role="assistant", content=text)]
+    return failed
 
 
 def _body(args) -> None:
@@ -82,13 +97,17 @@ def _body(args) -> None:
     lm = cli.load(args, console)
     console.status(title(lm))
     console.status(HELP)
-    if sys.stdin.isatty():
+    terminal = sys.stdin.isatty()
+    if terminal:
         import readline  # noqa: F401  (gives input() line editing and history)
-    converse(lm, args, params, console)
+    sys.stdin.reconfigure(encoding=None if terminal else "utf-8", errors="surrogateescape")
+    if converse(lm, args, params, console) and not terminal:
+        sys.exit(2)
 
 
 def _parser():
-    parser = cli.Parser("chat", "A conversation in the terminal. " + HELP[0].upper() + HELP[1:] + ".")
+    piped = "Unless stdin is a terminal, the exit status is 2 when a message failed; the others are answered."
+    parser = cli.Parser("chat", f"A conversation in the terminal. {HELP[0].upper()}{HELP[1:]}. {piped}")
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before the conversation")
     cli.add_sampling_flags(parser)
     cli.add_model_flags(parser)

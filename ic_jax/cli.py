@@ -145,6 +145,8 @@ def model_directory(args: argparse.Namespace) -> Path:
         from .config import DEMO_DIRECTORY
 
         return DEMO_DIRECTORY
+    if not args.model:
+        raise UserError("--model is empty; give a directory or a repository, or leave it out for the demo model")
     from . import checkpoint
 
     return checkpoint.find(args.model, weights=False)
@@ -169,7 +171,7 @@ def start(args: argparse.Namespace) -> None:
 
     sharding.start(args.coordinator, args.num_processes, args.process_id)
     own = ("process_id", "model", "prompt", "file", "debug", "quiet")  # what may differ between processes
-    sharding.check_alike(sorted((k, v) for k, v in vars(args).items() if k not in own))
+    sharding.check_alike({f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in own})
 
 
 def load(args: argparse.Namespace, console: Console):

@@ -33,10 +33,15 @@ class Session:
         n = config.num_hidden_layers
         if not config.has_indexer and need_indexer:
             raise UserError(f"{config.model_type} at {directory} has no indexer, so it selects nothing")
+        if args.dense and need_indexer:
+            raise UserError("--dense runs no indexer, so nothing is selected")
         asked = None if args.dense or not config.has_indexer else cli.pattern(args, n)
         held, name = checkpoint.indexer_layers(directory, config), pattern_file.model_name(args.model)
         read = lambda text: "dense" if text == "dense" else pattern_file.parse(text, config, name)
-        names = [p.strip() for p in (getattr(args, "patterns", None) or "").split(",") if p.strip()]
+        patterns = getattr(args, "patterns", None)
+        names = [p.strip() for p in (patterns or "").split(",") if p.strip()]
+        if patterns is not None and not names:
+            raise UserError("--patterns names no pattern; give some, all-full,uniform:4 for instance, or leave it out")
         if names and (args.dense or asked is not None):
             raise UserError("give --patterns or one pattern flag, not both; dense may stand in --patterns")
         if args.dense or not config.has_indexer:
@@ -141,6 +146,8 @@ def _overlap(args) -> None:
 
     if args.plot:
         _pyplot()
+    if args.index_pattern is not None or args.index_freq is not None:
+        raise UserError("overlap compares all indexers the checkpoint holds; leave the pattern flags out")
     console, out = cli.Console(args.quiet), Path(args.out)
     if out.suffix == ".png" or out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: give a .csv file in a directory that exists")
@@ -196,10 +203,8 @@ def _audit(args) -> None:
     console = cli.Console(args.quiet)
     s = Session(args, console, need_indexer=True)
     ((name, pattern),) = s.patterns.items()
-    if pattern == "dense":
-        raise UserError("--dense runs no indexer, so there is nothing to audit")
     with console.progress("audit") as report:
-        found, problems = eval_measures.audit(s.lm, s.ids_NT[:1], pattern, report)
+        found, problems = eval_measures.audit(s.lm, s.ids_NT, pattern, report)
     unused = [r["layer"] for r in found if r["weights"] and r["kind"] == "S"]
     if args.json:
         result = dict(name=name, pattern=str(pattern), unused_indexers=unused, problems=problems, per_layer=found)
@@ -220,8 +225,8 @@ def _audit(args) -> None:
         ]
         console.table(("layer", "kind", "reads", "indexer", "selected", "overlap", "FP8 recall"), rows)
         console.status(
-            f"{pattern.summary()} ({name}) · {s.seq_len} tokens, top-k {s.lm.config.index_topk}; overlap of a full layer "
-            "is with the selection before it, of a shared one with what its own indexer would choose"
+            f"{pattern.summary()} ({name}) · {len(s.ids_NT)} x {s.seq_len} tokens, top-k {s.lm.config.index_topk}; overlap "
+            "of a full layer is with the selection before it, of a shared one with what its own indexer would choose"
         )
         if unused:
             console.status(f"indexer weights that this pattern does not use: layers {', '.join(map(str, unused))}")

@@ -114,21 +114,23 @@ def _body(args) -> None:
     ids = prompt_ids(args, Tokenizer(directory), text)
     check_prompt(ids, args, config)
     cli.start(args)
-    sharding.check_alike(ids)
+    sharding.check_alike({"the prompt": ids})
 
     console = cli.Console(args.quiet)
     lm = cli.load(args, console)
     console.status(title(lm))
     pieces, piece = [], None
-    for piece in lm.stream(ids, max_tokens=args.max_tokens, sampling=params):
-        if not pieces:
-            console.status(machine(lm, args))
-            console.status(cli.RULE)
-        pieces.append(piece)
-        if not args.json:
-            console.write(piece.text)
-    if not args.json:
-        console.write("\n")
+    try:
+        for piece in lm.stream(ids, max_tokens=args.max_tokens, sampling=params):
+            if not pieces:
+                console.status(machine(lm, args))
+                console.status(cli.RULE)
+            pieces.append(piece)
+            if not args.json:
+                console.write(piece.text)
+    finally:  # interrupted as well: the error gets a line of its own
+        if pieces and not args.json:
+            console.write("\n")
     console.status(cli.RULE)
     console.status(f"Prompt: {piece.prompt_tokens} tokens, {piece.prompt_tps:.1f} tokens-per-sec")
     console.status(f"Generation: {piece.generation_tokens} tokens, {piece.generation_tps:.1f} tokens-per-sec")

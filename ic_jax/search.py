@@ -304,7 +304,7 @@ def _parser():
         type=cli.positive,
         default=1,
         metavar="P",
-        help="blocks that each flip a layer in turn; about P times faster (1)",
+        help="blocks that each flip a layer in turn; about P times faster, but the first layer of each stays full (1)",
     )
     group.add_argument("--seq-len", type=cli.positive, metavar="N", help="tokens of a sequence (8 times top-k)")
     group.add_argument(

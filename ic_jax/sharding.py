@@ -147,13 +147,21 @@ def from_first(value):
     return json.loads(bytes(broadcast_one_to_all(np.resize(data, size))))  # another process's own is for its size only
 
 
-def check_alike(arguments: object) -> None:
-    """UserError when the processes of a run were started with different ``arguments`` (compared by their repr)."""
+def from_each(value) -> list:
+    """Every process's ``value``, which JSON can hold, on every process."""
     if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
 
-    digest = np.frombuffer(hashlib.sha256(repr(arguments).encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest)
-    if different := np.flatnonzero((digests != digests[0]).any(-1)).tolist():
-        raise UserError(f"process {different[0]} was started with other arguments than process 0")
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = process_allgather(np.int32(len(data)))
+    rows = process_allgather(np.resize(data, sizes.max()))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_alike(arguments: dict[str, object]) -> None:
+    """UserError when the processes of a run were started with different ``arguments`` (by their repr); it names them."""
+    first, *others = from_each({name: hashlib.sha256(repr(v).encode()).hexdigest()[:16] for name, v in arguments.items()})
+    for i, other in enumerate(others, 1):
+        if different := [name for name in sorted(first | other) if first.get(name) != other.get(name)]:
+            raise UserError(f"process {i} was started with other arguments than process 0: {', '.join(different)}")

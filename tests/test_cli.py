@@ -156,6 +156,10 @@ def test_prompt_files_that_are_no_text(model, loaded, capsys, tmp_path, stdin):
     assert "cannot be read" in error(capsys, generate.main(["--file", str(tmp_path), "--model", str(model)]))
 
 
+def test_an_empty_model_is_named(capsys):
+    assert "--model is empty" in error(capsys, generate.main(["-p", "a", "--model", ""]))
+
+
 def test_a_tokenizer_of_another_model_is_noticed(model, loaded, capsys):
     (model / "config.json").write_text(json.dumps(CONFIG | dict(vocab_size=50)))
     assert "vocabulary has 50 entries" in error(capsys, generate.main(["-p", "zz", "--model", str(model)]))
@@ -377,6 +381,26 @@ def test_json_is_one_object_on_the_last_line(quiet, model, loaded, capsys):
     assert bool(err) == (not quiet)
 
 
+def interrupted(after=3):
+    """Echo.stream with ctrl-c behind so many pieces."""
+    whole = Echo.stream
+
+    def stream(self, prompt, **options):
+        for i, piece in enumerate(whole(self, prompt, **options)):
+            if i == after:
+                raise KeyboardInterrupt
+            yield piece
+
+    return stream
+
+
+@pytest.mark.parametrize(("after", "argv", "said"), [(3, [], "HEL\n"), (0, [], ""), (3, ["--json"], "")])
+def test_an_interrupted_line_is_ended(after, argv, said, model, loaded, capsys, monkeypatch):
+    monkeypatch.setattr(Echo, "stream", interrupted(after))
+    assert run_generate(model, "-q", "-p", "hello", *argv) == 130
+    assert capsys.readouterr() == (said, "error: interrupted\n")
+
+
 def test_flags_reach_the_model(model, loaded, capsys):
     argv = "-p a -m 7 --temp 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 9 --stop x --stop yz".split()
     argv += "--mesh tensor=2 --dtype float32 --index-dtype bfloat16 --max-context 32 --prefill-chunk 16".split()
@@ -440,7 +464,7 @@ def test_chat_template(model, loaded, capsys):
 def test_conversation(model, loaded, capsys, stdin):
     (model / "chat_template.jinja").write_text(TEMPLATE)
     stdin(b"one\n\n/help\ntwo\ntoo long\n/reset\nthree\n/exit\nnever\n")
-    assert chat.main(["--model", str(model), "-m", "60", "--system-prompt", "s"]) == 0
+    assert chat.main(["--model", str(model), "-m", "60", "--system-prompt", "s"]) == 2  # one was too long
     (lm,) = loaded
     first = "<system>s<user>one"
     assert [c.prompt for c in lm.calls] == [
@@ -456,19 +480,25 @@ def test_conversation(model, loaded, capsys, stdin):
 def test_chat_keeps_what_an_interrupted_answer_said(model, loaded, capsys, stdin, monkeypatch):
     (model / "chat_template.jinja").write_text(TEMPLATE)
     stdin(b"one\ntwo\n")
-    whole = Echo.stream
-
-    def interrupted(self, prompt, **options):
-        for i, piece in enumerate(whole(self, prompt, **options)):
-            if i == 3:
-                raise KeyboardInterrupt
-            yield piece
-
-    monkeypatch.setattr(Echo, "stream", interrupted)
+    monkeypatch.setattr(Echo, "stream", interrupted())
     assert chat.main(["--model", str(model)]) == 0
     first, second = (c.prompt for c in loaded[0].calls)
     assert first == "<user>one<assistant>" and second == first + "<US<user>two<assistant>"
     assert "(stopped)" in capsys.readouterr().err
+
+
+def test_chat_names_what_is_no_utf8(model, loaded, capsys, stdin):
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    stdin("é\xff\none\n".encode("latin-1"))
+    assert chat.main(["--model", str(model), "-q"]) == 2
+    assert capsys.readouterr() == (
+        "<USER>ONE<ASSISTANT>\n", "error: the message is not UTF-8 text: byte 0xe9 at offset 0\n"
+    )  # fmt: skip
+    stdin(b"\xc3\xa9\xff\n")
+    assert chat.main(["--model", str(model), "-q"]) == 2
+    assert "byte 0xff at offset 2" in capsys.readouterr().err
+    stdin("é\n".encode())
+    assert chat.main(["--model", str(model), "-q"]) == 0 and loaded[-1].calls[0].prompt == "<user>é<assistant>"
 
 
 def test_chat_needs_a_template(model, loaded, capsys):

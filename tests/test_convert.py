@@ -322,6 +322,12 @@ def test_errors_are_one_line(converted, tmp_path, capsys):
     assert "required" in fails(capsys, "hf-to-jax", source)
 
 
+def test_without_a_command_it_prints_its_usage(capsys):
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert main([]) == 2 and capsys.readouterr() == ("", usage)
+
+
 def test_bad_sources_are_refused_before_anything_is_written(tmp_path, capsys):
     weights = tensors()
     weights.pop("model.layers.2.self_attn.q_a_proj.weight")

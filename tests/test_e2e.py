@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,3 +169,12 @@ def test_an_unknown_preset_is_a_mistake(capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         e2e.main()
     assert "--preset: invalid choice: 'nope'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["table", "all"])
+def test_a_machine_that_is_too_small_is_one_line(kind, tmp_path):
+    flags = ["--preset", "demo", "--layers", "2", "--tokens", "128", "--mesh", "tensor=4096", "--out", str(tmp_path)]
+    command = [sys.executable, e2e.__file__, kind, *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line.startswith("error: ") for line in done.stderr.splitlines() if "…" not in line] == [True]

@@ -273,7 +273,10 @@ def test_commands(flags, capsys, ids, lm):
     capsys.readouterr()
     assert evaluation.main(flags("audit", "--index-pattern", "FSSF")) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 6 and "does not use: layers 1, 2" in err
+    assert len(out.splitlines()) == 6 and "does not use: layers 1, 2" in err and f"1 x {SEQ_LEN} tokens" in err
+    assert evaluation.main(flags("audit", "--index-pattern", "FSSF", "--samples", "2", "--json")) == 0
+    audited, _ = eval_measures.audit(lm, ids[[0, 2]], Pattern("FSSF"))
+    assert json.loads(capsys.readouterr().out)["per_layer"] == json.loads(json.dumps(audited))
 
 
 def open_text(path):
@@ -293,10 +296,19 @@ def test_heat_map(tmp_path):
         (("perplexity", "--text", "none"), "none cannot be read"),
         (("perplexity", "--seq-len", "4000"), "--seq-len must lie in 2..1024"),
         (("perplexity", "--seq-len", "16"), "--seq-len 16 is within top-k 16"),
+        (("perplexity", "--max-context", "12", "--seq-len"), "a context of 12 tokens is within top-k 16"),
+        (("overlap", "--max-context", "12", "--seq-len"), "a context of 12 tokens is within top-k 16"),
+        (("audit", "--max-context", "12", "--seq-len"), "a context of 12 tokens is within top-k 16"),
+        (("perplexity", "--max-context", "1", "--seq-len"), "needs at least 2 tokens, the context holds 1"),
         (("perplexity", "--seq-len", "900"), "the text has 164 tokens, one sequence needs 901"),
         (("perplexity", "--patterns", "FFFF", "--dense"), "give --patterns or one pattern flag"),
         (("perplexity", "--patterns", "FFF"), "--index-pattern has 3 characters, the model has 4 layers"),
         (("perplexity", "--patterns", "none.json"), "pattern file none.json cannot be read"),
+        (("perplexity", "--patterns", ""), "--patterns names no pattern"),
+        (("needle", "--patterns", " ,"), "--patterns names no pattern"),
+        (("overlap", "--dense"), "--dense runs no indexer"),
+        (("overlap", "--index-pattern", "uniform:2"), "leave the pattern flags out"),
+        (("overlap", "--index-freq", "2"), "leave the pattern flags out"),
         (("overlap", "--out", "o.png"), "--out o.png: give a .csv file"),
         (("overlap", "--out", "/proc/o.csv"), "/proc cannot be written"),
         (("audit", "--dense"), "--dense runs no indexer"),
@@ -309,9 +321,12 @@ def test_heat_map(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(flags, capsys, monkeypatch, arguments, message):
-    if arguments[0] == "overlap":
+    if arguments[0] in ("overlap", "audit"):
         monkeypatch.setattr(ic_jax.engine.checkpoint, "load_params", lambda *a, **k: pytest.fail("weights were read"))
-    assert evaluation.main(flags(*arguments)) == 2
+    argv = flags(*arguments)
+    if argv[-1] == "--seq-len":  # the default one
+        argv = [a for a in argv[:-1] if a not in ("--seq-len", str(SEQ_LEN))]
+    assert evaluation.main(argv) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and message in err
 

@@ -1,6 +1,8 @@
 """benchmarks/kernels.py without a GPU: its cases, selection, clock, verdicts and report, and that its checks can fail."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +37,14 @@ def test_every_case_is_listed_once_with_its_targets(capsys):
         "time  index_topk.whole.fp8.4096x131072, DeepGEMM + SGLang 5,460 us, to reach 5,400 us, to reach 4,500 us" in lines
     )
     assert "time  sparse_mla.backward.64_heads.random, to reach 25,700 us" in lines
+
+
+def test_a_reader_of_the_list_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, kernels.__file__, "--list"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.stderr, done.returncode) == (b"", 141)
 
 
 @pytest.mark.parametrize(

@@ -370,7 +370,7 @@ def test_a_process_that_never_arrives(checkpoint):
 def test_processes_with_other_arguments(checkpoint):
     flags = (*GENERATE[:-3], "--json", "--mesh", "tensor=2")
     for status, _, err in ended(processes(checkpoint, (0, 1), 2, *flags, first_flags=("--seed", "4"))):
-        assert status == 2 and "error: process 1 was started with other arguments than process 0" in err
+        assert status == 2 and "error: process 1 was started with other arguments than process 0: --seed\n" in err
 
 
 def test_a_killed_process_ends_the_others(checkpoint):

@@ -199,6 +199,7 @@ def test_blocks_flip_in_turn_and_keep_their_first_layers():
 
 
 def test_blocks_on_a_model(lm):
+    assert "the first layer of each stays full" in " ".join(search._parser().format_help().split())
     found = run(lm, blocks=2, keep=3)
     assert [s["layer"] // 3 for s in found.history] == [0, 1, 0]
     for step in found.history:
