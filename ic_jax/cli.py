@@ -169,9 +169,24 @@ def start(args: argparse.Namespace) -> None:
         return
     from . import sharding
 
+    if args.coordinator or args.num_processes:
+        _keep_stdout()
     sharding.start(args.coordinator, args.num_processes, args.process_id)
     own = ("process_id", "model", "prompt", "file", "debug", "quiet")  # what may differ between processes
     sharding.check_alike({f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in own})
+
+
+def _keep_stdout() -> None:
+    """Leave stdout to Python: what libraries below JAX print there (Gloo says whom it met) goes to stderr."""
+    try:
+        if sys.stdout.fileno() != 1:
+            return
+    except (OSError, ValueError):  # a stand-in without a descriptor
+        return
+    sys.stdout.flush()
+    how = dict(encoding=sys.stdout.encoding, errors=sys.stdout.errors, newline="")
+    sys.stdout = open(os.dup(1), "w", buffering=1 if sys.stdout.line_buffering else -1, **how)
+    os.dup2(2, 1)
 
 
 def load(args: argparse.Namespace, console: Console):

@@ -112,7 +112,7 @@ def search(
     log = None if log is None else Path(log)
     batch = calibration.batch_size(seq_len, len(ids_NT), batch)
     if together is None:
-        earlier = sharding.from_first((resume and read_header(log)) or {})
+        earlier = sharding.from_each((resume and read_header(log)) or {})[0]
         together = earlier.get("together") or _together(lm, batch * seq_len)
     about = dict(sha256=calibration.fingerprint(ids_NT), sequences=len(ids_NT), seq_len=seq_len)
     header = about | dict(

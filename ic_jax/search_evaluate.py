@@ -45,7 +45,7 @@ class Log(store.Owner):
             except UserError as e:
                 failed = str(e)
         # The file is process 0's alone: others may not see its disk.
-        failed, entries = sharding.from_first((failed, [[*key, loss] for key, loss in self.losses.items()]))
+        failed, entries = sharding.from_each((failed, [[*key, loss] for key, loss in self.losses.items()]))[0]
         if failed:
             raise UserError(failed)
         self.losses = {(pattern, batch): loss for pattern, batch, loss in entries}

@@ -136,17 +136,6 @@ def _give_up(why: str) -> None:
     os._exit(2)
 
 
-def from_first(value):
-    """Process 0's ``value``, which JSON can hold, on every process."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(broadcast_one_to_all(np.int32(len(data))))
-    return json.loads(bytes(broadcast_one_to_all(np.resize(data, size))))  # another process's own is for its size only
-
-
 def from_each(value) -> list:
     """Every process's ``value``, which JSON can hold, on every process."""
     if jax.process_count() == 1:
