@@ -88,8 +88,7 @@ class Engine:
 
     def chunk(self, rows: int) -> int:
         """Tokens of each of ``rows`` sequences in one step of a prefill: ``prefill_chunk`` is what a device runs at once."""
-        held = -(-rows // Parallel.of(self.mesh, 1).data)
-        return self.prefill_chunk if held == 1 else 1 << (max(self.prefill_chunk // held, 8).bit_length() - 1)
+        return chunk_of_each(self.prefill_chunk, -(-rows // Parallel.of(self.mesh, 1).data))
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: caches.Cache, *, keep: Callable | None = None):
         """Run whole prompts, a chunk at a time: (logits float32 [B,W] after each prompt's last token, cache).
@@ -415,6 +414,11 @@ def load(
         dtype=jnp.dtype(dtype), index_dtype=index_dtype, dense=dense, implementation=implementation, mesh=device_mesh,
     )  # fmt: skip
     return LM(engine, tokenizer, chosen, name)
+
+
+def chunk_of_each(chunk: int, sequences: int) -> int:
+    """Tokens of each of a device's ``sequences`` in a step of ``chunk`` tokens: a power of two where they share it."""
+    return chunk if sequences == 1 else 1 << (max(chunk // sequences, 8).bit_length() - 1)
 
 
 def chunks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -76,6 +76,13 @@ def test_work_is_divided_and_not_lost():
     assert whole.prefill()[1:] == (0, 0) and halves.prefill()[1] > 0
 
 
+def test_sequences_share_a_chunk_of_prefill():
+    options = dict(context=65536, chunk=None, dtype="bfloat16")
+    one, eight = (layout({}, config.preset("glm-4.7-flash-dsa"), batch=n, **options) for n in (1, 8))
+    assert (one.chunk, eight.chunk) == (8192, 1024)
+    assert eight.memory()["workspace (estimate)"] == pytest.approx(one.memory()["workspace (estimate)"], rel=0.1)
+
+
 def run(capsys, *flags):
     assert plan.main([*flags, "--json"]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
