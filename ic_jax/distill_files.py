@@ -177,8 +177,7 @@ def write_model(target: Path, source: Path, config: Config, params: dict) -> Non
     with checkpoint.open_source(source) as reader:
         first = "embed_tokens" if reader.native else "model.embed_tokens.weight"
         dtype = "float32" if reader.dtype(first) == np.float32 else "bfloat16"
-    host = jax.tree.map(np.asarray, cast(params, jnp.dtype(dtype)))
-    export.write(target, config, host, config_json(source, config, dtype), SHARD_BYTES)
+    export.write(target, config, cast(params, jnp.dtype(dtype)), config_json(source, config, dtype), SHARD_BYTES)
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             place = target / path.relative_to(source)
@@ -192,7 +191,7 @@ def config_json(source: Path, config: Config, dtype: str) -> dict:
     for name in ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "quantization_config"):
         data.pop(name, None)
     letters = config.pattern.layers
-    if config.model_type == "deepseek_v32":  # whose readers, vLLM and SGLang, know this field alone
+    if config.model_type == "deepseek_v32":  # the field that vLLM and SGLang read
         data["index_topk_pattern"] = "".join(letters)
     else:
         data["indexer_types"] = ["full" if letter == "F" else "shared" for letter in letters]

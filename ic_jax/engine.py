@@ -88,7 +88,8 @@ class Engine:
 
     def chunk(self, rows: int) -> int:
         """Tokens of each of ``rows`` sequences in one step of a prefill: ``prefill_chunk`` is what a device runs at once."""
-        return chunk_of_each(self.prefill_chunk, -(-rows // Parallel.of(self.mesh, 1).data))
+        parallel = Parallel.of(self.mesh, 1)
+        return chunk_of_each(self.prefill_chunk, -(-rows // parallel.data), parallel.parts)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: caches.Cache, *, keep: Callable | None = None):
         """Run whole prompts, a chunk at a time: (logits float32 [B,W] after each prompt's last token, cache).
@@ -416,9 +417,11 @@ def load(
     return LM(engine, tokenizer, chosen, name)
 
 
-def chunk_of_each(chunk: int, sequences: int) -> int:
-    """Tokens of each of a device's ``sequences`` in a step of ``chunk`` tokens: a power of two where they share it."""
-    return chunk if sequences == 1 else 1 << (max(chunk // sequences, 8).bit_length() - 1)
+def chunk_of_each(chunk: int, sequences: int, parts: int) -> int:
+    """Tokens of each of a device's ``sequences`` in a step of ``chunk`` tokens: where they share it, a power of two for
+    each of the ``parts`` into which tokens are divided."""
+    each = max(chunk // (sequences * parts), -(-8 // parts))
+    return chunk if sequences == 1 else parts << (each.bit_length() - 1)
 
 
 def chunks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -44,6 +44,8 @@ def score_rolling(lm, start: list[int], ids: list[int]) -> float:
 def adapter(lm):
     """An ``lm_eval.api.model.LM`` that answers through ``lm``."""
     require()
+    if lm.max_context < 2:
+        raise UserError("a likelihood needs a context of at least 2 tokens")
     from lm_eval.api.model import LM
 
     start = [next(iter(sorted(lm.eos_ids)), 0)] if lm.tokenizer.bos_id is None else [lm.tokenizer.bos_id]

@@ -40,7 +40,8 @@ class Layout:
         self.slots = pattern.n_full if pattern else 0
         self.columns = math.prod(latent_row_shape(config.latent_dim, jnp.dtype(dtype), on=dispatch.CHIPS[chip]))
         self.batch = -(-batch // self.p.data)
-        chunk = engine.chunk_of_each(chunk or engine.CHUNK[dispatch.CHIPS[chip].platform] * self.p.parts, self.batch)
+        chunk = chunk or engine.CHUNK[dispatch.CHIPS[chip].platform] * self.p.parts
+        chunk = engine.chunk_of_each(chunk, self.batch, self.p.parts)
         # A chunk that the sequence axes do not divide would not be split.
         self.chunk = min(max(chunk // self.p.parts, 1) * self.p.parts, -(-context // self.p.parts) * self.p.parts)
         self.itemsize, self.index_itemsize = jnp.dtype(dtype).itemsize, jnp.dtype(index_dtype or dtype).itemsize

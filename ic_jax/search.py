@@ -274,7 +274,6 @@ def _prepare(args, console):
     n = config.num_hidden_layers
     if not config.has_indexer:
         raise UserError(f"{config.model_type} at {directory} has no indexer, so there is nothing to share")
-    methods.kept_layers(args.keep, n)
     if args.index_pattern is None and args.index_freq is None:
         held = checkpoint.indexer_layers(directory, config)
         args.index_pattern = "".join("F" if i in held else "S" for i in range(n))

@@ -193,6 +193,19 @@ def test_memory_is_checked_before_weights(free, message, monkeypatch):
         ic_jax.load(max_context=65536)
 
 
+@pytest.mark.parametrize(("batch", "free"), [(1, 1), (4, 1), (5, 2)])
+def test_every_device_holds_whole_sequences(batch, free, monkeypatch):
+    """Of a batch that ``data`` does not divide as well: memory is checked for what is allocated."""
+    engine = demo(mesh="data=4").engine
+    per_token = ic_jax.engine.caches.bytes_per_token(engine.config, engine.n_slots, engine.dtype, None, "auto")
+    held = free * 256 * per_token  # one page is 256 tokens
+    monkeypatch.setattr(ic_jax.engine, "_free_bytes", lambda: held - 1)
+    with pytest.raises(UserError, match="GB of cache per device"):
+        engine.new_cache(batch, 256)
+    monkeypatch.setattr(ic_jax.engine, "_free_bytes", lambda: held)
+    assert engine.new_cache(batch, 256).latent_LMU.addressable_shards[0].data.shape[1] == free * 256
+
+
 def test_sequences_of_a_device_share_the_chunk(monkeypatch):
     engine = demo(prefill_chunk=64).engine
     assert [engine.chunk(rows) for rows in (1, 2, 3, 6, 8, 100)] == [64, 32, 16, 8, 8, 8]

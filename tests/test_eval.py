@@ -379,6 +379,8 @@ def test_lm_eval_adapter(lm, monkeypatch):
     windows = [[start, *long][at : at + 8] for at in (0, 7, 14)]  # each token once, behind those of its window
     want = sum(log_softmax(lm.logits(w))[i, t] for w in windows for i, t in enumerate(w[1:]))
     assert rolling == pytest.approx(want, abs=1e-4)
+    with pytest.raises(UserError, match="at least 2 tokens"):
+        lm_eval_adapter.adapter(SimpleNamespace(max_context=1))
     asked = []
     lm.stream = lambda ids, **options: asked.append((ids, options)) or iter([SimpleNamespace(text="w9 ")] * 2)
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_parallel as divided
 
-from ic_jax import cache, config, model, parallel, plan, plan_compile, sharding
+from ic_jax import cache, config, engine, model, parallel, plan, plan_compile, sharding
 from ic_jax.errors import UserError
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
@@ -80,6 +80,8 @@ def test_sequences_share_a_chunk_of_prefill():
     options = dict(context=65536, chunk=None, dtype="bfloat16")
     one, eight = (layout({}, config.preset("glm-4.7-flash-dsa"), batch=n, **options) for n in (1, 8))
     assert (one.chunk, eight.chunk) == (8192, 1024)
+    assert [engine.chunk_of_each(8192 * 3, n, 3) for n in (1, 2, 5, 10**6)] == [24576, 12288, 3072, 6]  # tokens in 3 parts
+    assert [engine.chunk_of_each(512, 100, parts) for parts in (1, 2, 16)] == [8, 8, 16]
     assert eight.memory()["workspace (estimate)"] == pytest.approx(one.memory()["workspace (estimate)"], rel=0.1)
 
 

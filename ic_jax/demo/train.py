@@ -172,7 +172,7 @@ def init(c: Config, seed: int) -> dict:
 
 def save(directory: Path, c: Config, params: dict) -> None:
     """A Hugging Face checkpoint of bfloat16 params in files under 15 MB."""
-    export.write(directory, c, jax.tree.map(np.asarray, params), c.to_hf() | {"dtype": "bfloat16"}, SHARD_BYTES)
+    export.write(directory, c, params, c.to_hf() | {"dtype": "bfloat16"}, SHARD_BYTES)
 
 
 def make_step(c: Config, sparse: bool, index_loss: bool):
